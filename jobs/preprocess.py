@@ -1,0 +1,131 @@
+#!/usr/bin/env python
+"""List of videos → published dataset of face crops.
+
+python jobs/preprocess.py laptop --input vox2/ --output data/vox2
+ray job submit --working-dir . -- python jobs/preprocess.py voxceleb2 --input s3://.../vox2 --output s3://.../out
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    import script_path  # noqa: F401
+
+from dataclasses import replace
+from typing import Any
+
+import tyro
+from rich.table import Table
+
+from jobs import runtime
+from pipelines import preprocess, report, storage, tracking
+from pipelines.crops import CropsConfig
+from pipelines.download import DownloadConfig
+from pipelines.preprocess import Outcome, PreprocessConfig, Progress
+from pipelines.shards import ShardsConfig
+
+PRESETS = {
+    # Reads clips of any height; thresholds that suit webcams and phones. No download of weights: dlib's are in a wheel.
+    "laptop": PreprocessConfig(
+        input=tyro.MISSING,
+        output=tyro.MISSING,
+        shards=ShardsConfig(target_mb=256.0),
+    ),
+    # The paper's dataset: 1080 lines or nothing, and heads that are inside the frame.
+    "voxceleb2": PreprocessConfig(
+        input=tyro.MISSING,
+        output=tyro.MISSING,
+        download=DownloadConfig(min_height=1080),
+        crops=CropsConfig(min_inside=0.6),
+    ),
+}
+
+
+def job() -> None:
+    """Parse, check, connect, run, summarise."""
+    config = runtime.parse(PRESETS, __doc__ or "")
+    config = replace(
+        config,
+        input=storage.absolute(config.input),
+        output=storage.absolute(config.output),
+    )
+    preprocess.check(config)
+    flat = runtime.record(config, config.output)
+    store = tracking.find_store(config.output, runtime.submitted())
+    runtime.connect(config.minimum_cpus)
+    code = runtime.code_version()
+    tags = {"git_commit": code["commit"], "dataset": config.output, "job": "preprocess"}
+    with (
+        tracking.open_run(store, "headray-preprocess", flat, tags) as run,
+        Progress(runtime.console.print) as progress,
+    ):
+        try:
+            outcome = preprocess.run(config, progress)
+        finally:
+            with storage.local_file(storage.join(config.output, report.PAGE)) as page:
+                if page.exists():
+                    run.file(page, "report")
+        run.metrics(metrics(outcome))
+        run.record(outcome.manifest, "dataset.json")
+    summarise(config, outcome, store)
+
+
+def metrics(outcome: Outcome) -> dict[str, float]:
+    """Counts and times for MLflow."""
+    counts = outcome.manifest["counts"]
+    values: dict[str, float] = {"seconds": outcome.seconds, "videos/new": outcome.new_videos}
+    for kind in ("identities", "videos", "tracks", "frames"):
+        values |= {f"{kind}/{state}": count for state, count in counts[kind].items()}
+    for kind, causes in counts["causes"].items():
+        for cause, count in causes.items():
+            values[f"causes/{kind}/{cause.replace(': ', '/').replace(' ', '_')}"] = count
+    values |= {f"stage_seconds/{name}": value for name, value in outcome.stage_seconds.items()}
+    return values
+
+
+def summarise(config: PreprocessConfig, outcome: Outcome, store: tracking.Store) -> None:
+    """What was kept, what was rejected and why, where to look, what to run next."""
+    say = runtime.console.print
+    manifest = outcome.manifest
+    counts = manifest["counts"]
+    funnel = Table(title=f"dataset version {manifest['dataset_version']}", title_justify="left")
+    for column in ("", "in", "out"):
+        funnel.add_column(column, justify="left" if not column else "right")
+    funnel.add_row("identities", *_pair(counts["identities"], "listed"))
+    funnel.add_row("videos", *_pair(counts["videos"], "listed"))
+    funnel.add_row("tracks", *_pair(counts["tracks"], "found"))
+    frames = counts["frames"]
+    funnel.add_row(
+        "frames", f"{frames['published'] + frames['dropped']:,}", f"{frames['published']:,}"
+    )
+    for split, numbers in manifest["splits"].items():
+        funnel.add_row(
+            f"  {split}", "", f"{numbers['videos']:,} videos / {numbers['identities']:,} identities"
+        )
+    say(funnel)
+    for kind, causes in counts["causes"].items():
+        if causes:
+            reasons = Table(title=f"{kind} not in the dataset, by cause", title_justify="left")
+            reasons.add_column("cause")
+            reasons.add_column(kind, justify="right")
+            for cause, count in causes.items():
+                reasons.add_row(cause, f"{count:,}")
+            say(reasons)
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    say(f"{len(manifest['shards'])} shards, {size / 2**20:,.1f} MiB, in {outcome.seconds:,.0f} s")
+    if outcome.retryable:
+        say(
+            f"{outcome.retryable} videos failed for reasons that may pass; the same command tries them again "
+            f"(the work folder stays until then: {storage.join(config.output, 'work')})"
+        )
+    say(f"dataset  {config.output}")
+    say(f"report   {storage.join(config.output, report.PAGE)}")
+    say(f"mlflow   {store.show}")
+    say(f"next     python jobs/dataset.py verify --dataset {config.output}")
+
+
+def _pair(counts: dict[str, Any], total: str) -> tuple[str, str]:
+    return f"{counts[total]:,}", f"{counts.get('published', 0):,}"
+
+
+if __name__ == "__main__":
+    runtime.main(job)

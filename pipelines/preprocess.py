@@ -1,0 +1,583 @@
+"""Stages 1–7 chained into one Ray Data plan: a list of videos becomes a published dataset. The data half starts here.
+
+    voxceleb.read_list → download → tracks → crops → identities (embed) → shards (commit)      a row is a video
+        → identities (filter, split) → shards (pack) → index, ledger, report → dataset.json    a row is a shard
+
+Everything may be killed at any time: committed videos are skipped by the next run of the same command, and what is
+published depends on the commits only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow.compute as pc
+
+from models.frozen import weights
+from pipelines import crops, download, identities, report, shards, storage, tracks, voxceleb
+from pipelines.schema import SCHEMA_VERSION, Video, batched, to_row
+
+OPERATIONAL = ("input", "output", "keep_work", "window", "max_attempts")
+"""Fields that change how a run goes but not what it makes; neither does any ``resources``."""
+
+
+class ConfigError(ValueError):
+    """The arguments contradict themselves, the output, or another run: one line, exit code 2."""
+
+
+class NothingUsableError(RuntimeError):
+    """The run went through but nothing can be published: one line by cause, exit code 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """A list of videos → a published dataset of face crops."""
+
+    input: str
+    """List of videos: a folder, zip, table or fsspec URI (VoxCeleb metadata, csv/parquet/jsonl, or a folder of
+    IDENTITY/VIDEO.mp4)."""
+    output: str
+    """Dataset to make: a folder or fsspec URI (s3://bucket/name). Running again on the same output resumes."""
+    input_format: voxceleb.ListFormat = "auto"
+    """Form of the list; auto looks at it and decides."""
+    download: download.DownloadConfig = field(default_factory=download.DownloadConfig)
+    """Fetching the videos."""
+    tracks: tracks.TracksConfig = field(default_factory=tracks.TracksConfig)
+    """Finding one person's face through a span without a cut."""
+    crops: crops.CropsConfig = field(default_factory=crops.CropsConfig)
+    """Landmarks and windows."""
+    identities: identities.IdentitiesConfig = field(default_factory=identities.IdentitiesConfig)
+    """Embedding, identity filter and split."""
+    shards: shards.ShardsConfig = field(default_factory=shards.ShardsConfig)
+    """Packing."""
+    keep_work: bool = False
+    """Keep OUTPUT/work (downloads and one part per video) after publication; needed to add videos later."""
+    window: int = 2000
+    """Videos per Ray Data plan, at most 5000: bounds the memory of driver and object store for any list."""
+    max_attempts: int = 3
+    """Runs that try a video whose failure may pass (rate limits, network) before it is left as failed."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.window <= 5000:
+            raise ValueError(f"window must be between 1 and 5000 videos, got {self.window}")
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts must be at least 1, got {self.max_attempts}")
+
+    @property
+    def stages(self) -> tuple[Any, ...]:
+        """Configurations of the stages that run as actor pools, in order."""
+        return (self.download, self.tracks, self.crops, self.identities, self.shards)
+
+    @property
+    def minimum_cpus(self) -> float:
+        """Logical CPUs below which the plan cannot start: every pool at its least, plus one for tasks."""
+        return 1 + sum(
+            stage.resources.min_actors * stage.resources.num_cpus for stage in self.stages
+        )
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The part of the configuration that decides what the dataset contains, flat."""
+        flat = {}
+        for name, value in _flat(dataclasses.asdict(self), ""):
+            operational = name in OPERATIONAL or ".resources." in name
+            if not operational and name not in download.OPERATIONAL:
+                flat[name] = value
+        return flat
+
+
+def _flat(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run made, for the summary, the report and MLflow."""
+
+    manifest: dict[str, Any]
+    seconds: float
+    stage_seconds: dict[str, float]
+    """Summed over all videos this run worked on."""
+    new_videos: int
+    retryable: int
+    """Failed videos that the next run of the same command tries again."""
+
+
+def check(config: PreprocessConfig) -> None:
+    """Everything that can be known to be wrong before a cluster is asked for.
+
+    Raises:
+        ConfigError: the output holds something else, or a dataset of another recipe.
+        models.frozen.weights.WeightsError: a network's file is missing or damaged.
+    """
+    uri = storage.join(config.output, "config.json")
+    try:
+        before = json.loads(storage.read_bytes(uri))["config"]
+    except FileNotFoundError:
+        if storage.names_below(config.output):
+            raise ConfigError(
+                f"--output {config.output}: holds files but no HeadRay config.json; give an empty folder"
+            ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{uri}: not a configuration of HeadRay ({error})") from None
+    else:
+        old = {
+            name: value
+            for name, value in _flat(before, "")
+            if name in config.recipe or not name.startswith(OPERATIONAL)
+        }
+        differs = [
+            f"{name} was {old.get(name)!r}, now {value!r}"
+            for name, value in config.recipe.items()
+            if old.get(name) != value
+        ]
+        if differs:
+            raise ConfigError(
+                f"--output {config.output}: begun with another configuration ({'; '.join(differs)}); "
+                "use those values again or another --output"
+            )
+    probe = storage.join(config.output, shards.WORK, "write-test")
+    try:
+        storage.write_atomic(probe, b"ok")
+        storage.remove(probe)
+    except OSError as error:
+        raise ConfigError(f"--output {config.output}: cannot be written: {error}") from None
+    for name in (
+        *tracks.weight_names(config.tracks),
+        *crops.weight_names(config.crops),
+        *identities.weight_names(config.identities),
+    ):
+        weights.find(name)
+
+
+@dataclass
+class OutputLock:
+    """Keeps two runs from writing one output. A run that was killed loses it at once on its own machine."""
+
+    output: str
+    stale_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        self.uri = storage.join(self.output, shards.WORK, "lock.json")
+        self._stop = threading.Event()
+        self._beat = threading.Thread(target=self._keep, daemon=True)
+
+    def __enter__(self) -> OutputLock:
+        if not storage.create(self.uri, self._content()):
+            owner = json.loads(storage.read_bytes(self.uri))
+            if self._alive(owner):
+                raise ConfigError(
+                    f"--output {self.output}: another run (host {owner['host']}, process {owner['pid']}) "
+                    "is writing there; wait for it or stop it"
+                )
+            storage.write_atomic(self.uri, self._content())
+        self._beat.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._beat.join()
+        storage.remove(self.uri)
+
+    def _content(self) -> bytes:
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        return json.dumps(owner).encode()
+
+    def _alive(self, owner: Mapping[str, Any]) -> bool:
+        if owner["host"] == socket.gethostname():
+            import psutil
+
+            return owner["pid"] != os.getpid() and psutil.pid_exists(owner["pid"])
+        return time.time() - owner["time"] < self.stale_seconds
+
+    def _keep(self) -> None:
+        while not self._stop.wait(self.stale_seconds / 6):
+            storage.write_atomic(self.uri, self._content())
+
+
+def build_plan(videos: Iterable[Video], config: PreprocessConfig) -> Any:
+    """The Ray Data plan of one window of videos; iterating its rows runs it.
+
+    Returns:
+        a Dataset of the small rows of :class:`pipelines.shards.Committer`.
+    """
+    import ray.data
+
+    rows = [to_row(video) for video in videos]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset = download.add_downloads(dataset, config.download, cache_uri(config))
+    dataset = tracks.add_tracks(dataset, config.tracks)
+    dataset = crops.add_crops(dataset, config.crops)
+    dataset = identities.add_embeddings(dataset, config.identities)
+    return shards.add_commits(dataset, config.output, crops.describe(config.crops), config.shards)
+
+
+def cache_uri(config: PreprocessConfig) -> str:
+    """Where downloads are kept: ``--download.cache``, else inside the output while it is unfinished."""
+    return config.download.cache or storage.join(config.output, shards.WORK, "downloads")
+
+
+def run(config: PreprocessConfig, progress: Progress) -> Outcome:
+    """Make, or finish, the dataset of ``config``. Ray must be connected and :func:`check` passed.
+
+    Args:
+        config: output and input absolute.
+        progress: told of each committed video and each packed shard.
+
+    Raises:
+        voxceleb.ListError: the list cannot be read or is empty.
+        ConfigError: another run is writing, or the list has grown and the work folder is gone.
+        NothingUsableError: nothing passed; ledger and report are written all the same.
+    """
+    started = time.perf_counter()
+    configure_ray_data(config)
+    with OutputLock(config.output):
+        storage.remove_temporary(config.output)
+        keys, stage_seconds, new_videos = process(config, progress)
+        manifest, retryable = publish(config, keys, progress)
+        if not config.keep_work and not retryable:
+            storage.remove(storage.join(config.output, shards.WORK))
+    return Outcome(
+        manifest=manifest,
+        seconds=time.perf_counter() - started,
+        stage_seconds=stage_seconds,
+        new_videos=new_videos,
+        retryable=retryable,
+    )
+
+
+def configure_ray_data(config: PreprocessConfig) -> None:
+    """Block size, progress and time-outs of Ray Data in this process."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = 64 * 2**20
+    context.enable_progress_bars = os.isatty(1)
+    context.execution_no_progress_timeout_s = max(1800, 3 * int(config.download.deadline_seconds))
+    context.retried_map_errors = []
+
+
+def process(
+    config: PreprocessConfig, progress: Progress
+) -> tuple[list[str], dict[str, float], int]:
+    """Run every video of the list that has no commit yet, window by window.
+
+    Returns:
+        keys of all videos of the list in its order, seconds by stage summed over the videos run now, and their number.
+    """
+    done, failed = shards.committed(config.output)
+    published = set() if done or failed else published_keys(config.output)
+    keys: list[str] = []
+    seconds: Counter[str] = Counter()
+    count = 0
+    videos = voxceleb.read_list(
+        config.input,
+        config.input_format,
+        url_template=config.download.url_template,
+        allow_local=config.download.allow_local,
+    )
+    for window in batched(videos, config.window):
+        keys += [video.key for video in window]
+        progress.listed(len(keys))
+        again = [video.key for video in window if video.key in failed]
+        attempts = {
+            commit.video.key: commit.video.attempts
+            for commit in shards.load_commits(config.output, again)
+        }
+        todo = [
+            replace(video, attempts=attempts.get(video.key, 0) + 1)
+            for video in window
+            if video.key not in done | published
+            and attempts.get(video.key, 0) < config.max_attempts
+        ]
+        progress.skipped(len(window) - len(todo))
+        if not todo:
+            continue
+        if published:
+            raise ConfigError(
+                f"--output {config.output}: published without {todo[0].key} and its work folder is gone; "
+                "make a new --output, and give --keep-work where lists will grow"
+            )
+        for row in build_plan(todo, config).iter_rows():
+            progress.video(row)
+            seconds.update(json.loads(row["seconds"]))
+            count += 1
+    return keys, dict(seconds), count
+
+
+def published_keys(output: str) -> set[str]:
+    """Keys of the videos that a published dataset has an answer for; empty when nothing is published."""
+    if not storage.exists(storage.join(output, shards.MANIFEST)):
+        return set()
+    ledger = shards.read_ledger(output)
+    videos = ledger.filter(pc.equal(ledger["kind"], "video"))
+    return set(videos["key"].to_pylist())
+
+
+def publish(
+    config: PreprocessConfig, keys: list[str], progress: Progress
+) -> tuple[dict[str, Any], int]:
+    """Filter identities, pack shards, write index, ledger, report and at last the manifest.
+
+    Args:
+        config: of the run.
+        keys: of all videos of the list; each has a commit, or the dataset is already published.
+        progress: told of each packed shard.
+
+    Returns:
+        the manifest, and how many failed videos the next run will try again.
+    """
+    output = config.output
+    list_sha256 = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
+    before: dict[str, Any] = {}
+    if storage.exists(storage.join(output, shards.MANIFEST)):
+        before = shards.read_manifest(output)
+        done, failed = shards.committed(output)
+        if before["list_sha256"] == list_sha256 and not done and not failed:
+            return before, 0
+    keys = sorted(set(keys))
+    candidates = []
+    slices = {}
+    retryable = 0
+    for commit in shards.load_commits(output, keys):
+        video = commit.video
+        retryable += video.state == "failed" and video.attempts < config.max_attempts
+        for track in video.tracks:
+            key = video.track_key(track)
+            if key in commit.slices:
+                offset, length = commit.slices[key]
+                slices[key] = shards.Slice(
+                    key=key, part=video.key, sha256=commit.tar_sha256, offset=offset, length=length
+                )
+                candidates.append(
+                    identities.Candidate(
+                        key=key,
+                        identity=video.identity,
+                        video=video.video,
+                        frames=commit.frames[key],
+                        split=video.split,
+                        embedding=track.embedding,
+                    )
+                )
+    decisions = identities.decide(candidates, config.identities)
+    kept = [
+        (decisions[item.key].split, item.identity, slices[item.key])
+        for item in candidates
+        if not decisions[item.key].cause
+    ]
+    plans, buckets = shards.plan_shards(kept, config.shards.target_mb, before.get("buckets", {}))
+    records = []
+    for record in shards.pack_all(plans, output, config.shards):
+        records.append(record)
+        progress.packed(len(records), len(plans))
+    tally = Tally()
+    told = {
+        key: (decision.split, decision.cause, decision.detail)
+        for key, decision in decisions.items()
+    }
+    shards.write_ledger(
+        (
+            tally.see(row)
+            for commit in shards.load_commits(output, keys)
+            for row in shards.ledger_rows(commit, told)
+        ),
+        output,
+    )
+    listing = [
+        {
+            "name": record["name"],
+            "split": record["split"],
+            "bytes": record["bytes"],
+            "sha256": record["sha256"],
+            "samples": len(record["samples"]),
+        }
+        for record in sorted(records, key=lambda record: record["name"])
+    ]
+    changed = before.get("shards") != listing
+    manifest = {
+        "format": "headray",
+        "schema_version": SCHEMA_VERSION,
+        "dataset_version": before.get("dataset_version", 0) + changed,
+        "config": config.recipe,
+        "list_sha256": list_sha256,
+        "counts": tally.counts(),
+        "splits": tally.splits(),
+        "members": crops.describe(config.crops) | identities.describe(config.identities),
+        "buckets": buckets,
+        "shards": listing,
+        "index": shards.write_index(records, output) if records else {},
+        "tools": tool_versions(),
+    }
+    report.write(output, manifest, records)
+    if not records:
+        causes = manifest["counts"]["causes"]["videos"]
+        reasons = ", ".join(f"{count} × {cause}" for cause, count in causes.items())
+        raise NothingUsableError(
+            f"all {len(keys)} videos were rejected ({reasons}); see {storage.join(output, report.PAGE)}"
+        )
+    shards.write_manifest(manifest, output)
+    named = {shard["name"] for shard in listing}
+    for name in storage.names_below(storage.join(output, "shards")):
+        if name not in named:
+            storage.remove(storage.join(output, "shards", name))
+    return manifest, retryable
+
+
+class Tally:
+    """Counts the rows of the ledger as they stream past."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, Counter[str]] = {"video": Counter(), "track": Counter()}
+        self.causes: dict[str, Counter[str]] = {"video": Counter(), "track": Counter()}
+        self.dropped: Counter[str] = Counter()
+        self.identities: set[str] = set()
+        self.by_split: dict[str, dict[str, set[str]]] = {}
+        self.frames: Counter[str] = Counter()
+        self.tracks: Counter[str] = Counter()
+
+    def see(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Count one row; returns it."""
+        kind = row["kind"]
+        self.states[kind][row["state"]] += 1
+        self.identities.add(row["identity"])
+        if row["state"] != "published":
+            self.causes[kind][f"{row['stage']}: {row['cause']}"] += 1
+        elif kind == "track":
+            split = self.by_split.setdefault(row["split"], {"identities": set(), "videos": set()})
+            split["identities"].add(row["identity"])
+            split["videos"].add(f"{row['identity']}-{row['video']}")
+            self.tracks[row["split"]] += 1
+            self.frames[row["split"]] += row["frames"]
+        if kind == "track":
+            self.dropped.update(dict(row["dropped"]))
+        return row
+
+    def splits(self) -> dict[str, dict[str, int]]:
+        """Identities, videos, tracks and frames published in each split."""
+        return {
+            split: {
+                "identities": len(sets["identities"]),
+                "videos": len(sets["videos"]),
+                "tracks": self.tracks[split],
+                "frames": self.frames[split],
+            }
+            for split, sets in sorted(self.by_split.items())
+        }
+
+    def counts(self) -> dict[str, Any]:
+        """What went in, what came out, and why the rest did not."""
+        published = set().union(*(sets["identities"] for sets in self.by_split.values()), set())
+        return {
+            "identities": {"listed": len(self.identities), "published": len(published)},
+            "videos": {"listed": self.states["video"].total(), **_sorted(self.states["video"])},
+            "tracks": {"found": self.states["track"].total(), **_sorted(self.states["track"])},
+            "frames": {
+                "published": self.frames.total(),
+                "dropped": self.dropped.total(),
+            },
+            "causes": {
+                "videos": _sorted(self.causes["video"]),
+                "tracks": _sorted(self.causes["track"]),
+                "frames": _sorted(self.dropped),
+            },
+        }
+
+
+def _sorted(counter: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what decides the pixels."""
+    names = (
+        "av",
+        "decord",
+        "dlib-bin",
+        "face-alignment",
+        "numpy",
+        "opencv-python",
+        "ray",
+        "yt-dlp",
+    )
+    return {name: version(name) for name in names}
+
+
+class Progress:
+    """Tells a person how a long run is going: a line every 30 seconds, whether or not anything finished.
+
+    On a terminal Ray Data draws its own bars and this class only counts.
+    """
+
+    def __init__(self, say: Callable[[str], None], every_seconds: float = 30.0) -> None:
+        self.say = say
+        self.every_seconds = every_seconds
+        self.states: Counter[str] = Counter()
+        self.causes: Counter[str] = Counter()
+        self.frames = 0
+        self.known = 0
+        self.before = 0
+        self.step = "reading the list"
+        self._started = time.perf_counter()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, daemon=True)
+
+    def __enter__(self) -> Progress:
+        if not os.isatty(1):
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def listed(self, count: int) -> None:
+        """``count`` videos of the list are known by now."""
+        self.known = count
+        self.step = "processing"
+
+    def skipped(self, count: int) -> None:
+        """``count`` videos were committed by an earlier run."""
+        self.before += count
+
+    def video(self, row: Mapping[str, Any]) -> None:
+        """One video was committed."""
+        self.states[row["state"]] += 1
+        self.frames += row["frames"]
+        if row["cause"]:
+            self.causes[row["cause"]] += 1
+
+    def packed(self, count: int, total: int) -> None:
+        """``count`` of ``total`` shards are packed."""
+        self.step = f"packing shards ({count} of {total})"
+
+    def line(self) -> str:
+        """The state in one line."""
+        elapsed = time.perf_counter() - self._started
+        done = self.states.total()
+        causes = ", ".join(f"{cause} {count}" for cause, count in self.causes.most_common(3))
+        rate = f", {done / elapsed * 3600:.0f} videos/h" if done else ""
+        earlier = f", {self.before} from an earlier run" if self.before else ""
+        return (
+            f"[{elapsed:6.0f} s] {self.step}: {done + self.before} of {self.known} videos{earlier}, "
+            f"{self.states['open']} with faces, {self.states['rejected']} rejected, "
+            f"{self.states['failed']} failed, {self.frames} frames{rate}"
+            + (f" ({causes})" if causes else "")
+        )
+
+    def _repeat(self) -> None:
+        while not self._stop.wait(self.every_seconds):
+            self.say(self.line())

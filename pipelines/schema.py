@@ -1,0 +1,404 @@
+"""The one row that travels through the data half, and the closed list of reasons to reject it.
+
+A row is one video. Every stage takes a :class:`Video` and the tar members made so far, and returns both, longer.
+The tracks inside a video (one person's face through one span without a cut) become the samples of the dataset.
+
+Ray Data carries a video as four plain columns (:class:`VideoRow`): two strings and two lists. Nested records
+travel as JSON because Arrow columns that mix shapes or missing values fall back to pickles.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cache
+from itertools import islice
+from typing import Any, Literal, TypedDict, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SCHEMA_VERSION = 1
+"""Of the dataset on disk (docs/formats.md). A change bumps it and ships a reader or a clear refusal."""
+
+ID_PATTERN = r"[A-Za-z0-9_-]{1,40}"
+"""Identities and video ids. No dots (a WebDataset key ends at the first), no slashes, and short enough that
+``<identity>-<video>-<track>.landmarks.npy`` fits the 100 characters of a plain tar header."""
+
+State = Literal["open", "rejected", "failed", "kept"]
+"""``rejected`` is final; ``failed`` may succeed on another day and is tried again by the next run."""
+
+BoxUnits = Literal["fraction", "height360", "pixels"]
+
+
+class Cause(StrEnum):
+    """Why a video or a track is not in the dataset. The value is ``stage: reason``; the ledger splits it."""
+
+    LIST_MALFORMED = "list: malformed"
+    LIST_BOXES = "list: boxes"
+    LIST_UNSAFE = "list: unsafe"
+    LIST_DUPLICATE = "list: duplicate"
+
+    DOWNLOAD_SCHEME = "download: scheme"
+    DOWNLOAD_NOT_FOUND = "download: not found"
+    DOWNLOAD_PRIVATE = "download: private"
+    DOWNLOAD_REMOVED = "download: removed"
+    DOWNLOAD_GEO_BLOCKED = "download: geo-blocked"
+    DOWNLOAD_AGE_GATE = "download: age gate"
+    DOWNLOAD_LOGIN = "download: login"
+    DOWNLOAD_FORBIDDEN = "download: forbidden"
+    DOWNLOAD_RATE_LIMITED = "download: rate limited"
+    DOWNLOAD_BOT_CHECK = "download: bot check"
+    DOWNLOAD_SERVER_ERROR = "download: server error"
+    DOWNLOAD_NETWORK = "download: network"
+    DOWNLOAD_DEADLINE = "download: deadline"
+    DOWNLOAD_NOT_A_VIDEO = "download: not a video"
+    DOWNLOAD_EMPTY = "download: empty"
+    DOWNLOAD_TRUNCATED = "download: truncated"
+    DOWNLOAD_LOW_RESOLUTION = "download: low resolution"
+    DOWNLOAD_TOO_LARGE = "download: too large"
+    DOWNLOAD_OTHER = "download: other"
+
+    VIDEO_NO_STREAM = "video: no video stream"
+    VIDEO_UNREADABLE = "video: unreadable"
+    VIDEO_HDR = "video: hdr"
+    VIDEO_INTERLACED = "video: interlaced"
+    VIDEO_DEADLINE = "video: deadline"
+
+    TIMELINE_SHORT = "timeline: short"
+    TIMELINE_EDITED = "timeline: edited"
+    ANNOTATION_ASPECT = "annotation: aspect"
+
+    TRACK_NO_FACE = "track: no face"
+    TRACK_MISMATCH = "track: annotation mismatch"
+    TRACK_SHORT = "track: short"
+    TRACK_OVERLAP = "track: overlap"
+    TRACK_BUDGET = "track: budget"
+
+    CROP_LANDMARKS = "crop: implausible landmarks"
+    CROP_SMALL = "crop: small window"
+    CROP_OUTSIDE = "crop: outside frame"
+    CROP_FEW_FRAMES = "crop: few frames"
+
+    IDENTITY_DRIFT = "identity: drift"
+    IDENTITY_DISAGREES = "identity: disagrees"
+    IDENTITY_FEW_VIDEOS = "identity: few videos"
+    IDENTITY_FEW_FRAMES = "identity: few frames"
+    IDENTITY_SPLIT_LEAK = "identity: split leak"
+
+    NO_TRACKS = "track: none kept"
+    CRASH = "stage: crash"
+
+    @property
+    def stage(self) -> str:
+        """The part before the colon."""
+        return self.value.split(": ", 1)[0]
+
+    @property
+    def reason(self) -> str:
+        """The part after the colon."""
+        return self.value.split(": ", 1)[1]
+
+
+TRANSIENT = frozenset(
+    {
+        Cause.DOWNLOAD_RATE_LIMITED,
+        Cause.DOWNLOAD_BOT_CHECK,
+        Cause.DOWNLOAD_SERVER_ERROR,
+        Cause.DOWNLOAD_NETWORK,
+        Cause.DOWNLOAD_DEADLINE,
+        Cause.DOWNLOAD_TRUNCATED,
+        Cause.DOWNLOAD_EMPTY,
+        Cause.CRASH,
+    }
+)
+"""Causes that may pass: the row is ``failed``, keeps its attempts, and the next run tries it again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One annotated stretch of a video (an utterance of VoxCeleb), as the list gave it."""
+
+    name: str
+    """Utterance name (``00001``) or row number; letters, digits, ``-`` and ``_``."""
+    times: tuple[float, ...] = ()
+    """Seconds of each box on the annotators' timeline (``FRAME / 25`` for VoxCeleb), increasing."""
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    """(left, top, right, bottom) for each time. Empty: no annotation, the face is found by detection."""
+    units: BoxUnits = "fraction"
+    """``fraction`` of the displayed frame, ``height360``: pixels of the frame scaled to 360 lines,
+    ``pixels`` of a frame of ``reference`` size."""
+    reference: tuple[float, float] = (0.0, 0.0)
+    """(width, height) that ``pixels`` refer to."""
+    start: float = 0.0
+    """Seconds. With no boxes, the part of the video to use; ``end`` 0 means to the end."""
+    end: float = 0.0
+    audio_offset: int = 0
+    """VoxCeleb's ``Offset``: audio against video, in 25 fps frames. Concerns audio only; never shifts a frame."""
+    fv_conf: float = 0.0
+    """Face-verification confidence of VoxCeleb (0 where the list has none)."""
+    asd_conf: float = 0.0
+    """Active-speaker confidence of VoxCeleb (0 where the list has none)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track:
+    """One person's face through one span without a cut. Sizes are in displayed source pixels, times in seconds."""
+
+    name: str
+    """``000``, ``001``, ... within the video: the last part of the sample's key."""
+    span: str
+    """Name of the span it came from."""
+    times: tuple[float, ...] = ()
+    """Presentation time of each kept frame, counted from the container's start."""
+    indices: tuple[int, ...] = ()
+    """Index of each kept frame in presentation order; names the frame's members."""
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    """Detected face box (left, top, right, bottom) of each kept frame, displayed pixels. Never interpolated."""
+    box_scores: tuple[float, ...] = ()
+    """Detector score of each box."""
+    state: State = "open"
+    cause: str = ""
+    detail: str = ""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Frames of this track that were not kept, by cause."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Medians over the kept frames (window side, share inside the frame, ...) and embedding agreement."""
+    embedding: tuple[float, ...] = ()
+    """Mean identity embedding, unit length. Empty before the identities stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """One video of one identity and everything the stages learned about it."""
+
+    identity: str
+    video: str
+    url: str = ""
+    """Where yt-dlp finds it. Empty when ``path`` is given."""
+    path: str = ""
+    """A local file or fsspec URI given by the list instead of a URL."""
+    split: str = ""
+    """Official split of the list (``train``, ``val``, ``test``) or empty: decided by the identity's hash."""
+    gender: str = ""
+    spans: tuple[Span, ...] = ()
+    state: State = "open"
+    cause: str = ""
+    detail: str = ""
+    attempts: int = 0
+    blob: str = ""
+    """Path or URI of the downloaded file."""
+    sha256: str = ""
+    size: int = 0
+    source: dict[str, Any] = field(default_factory=dict)
+    """What was fetched: format id, codec, size, fps, bitrate, extractor, yt-dlp version."""
+    probe: dict[str, Any] = field(default_factory=dict)
+    """``dataclasses.asdict`` of :class:`pipelines.video.VideoInfo`."""
+    shift: dict[str, Any] = field(default_factory=dict)
+    """The time map: ``delta_seconds``, ``delta_confidence``, ``median_iou``, ``face_found``."""
+    tracks: tuple[Track, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock seconds by stage (not part of what is published byte for byte)."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """``<identity>-<video>``; no dots, safe as a file name (the list stage validated both)."""
+        return f"{self.identity}-{self.video}"
+
+    def track_key(self, track: Track) -> str:
+        """``<identity>-<video>-<track>``, the WebDataset key of a sample."""
+        return f"{self.key}-{track.name}"
+
+    @property
+    def live(self) -> bool:
+        """False once rejected or failed: later stages pass the row through untouched."""
+        return self.state in ("open", "kept")
+
+
+Member = tuple[str, bytes]
+"""(file name inside the tar, content). Members of one sample are adjacent, ``KEY.json`` first."""
+
+
+class VideoRow(TypedDict):
+    """A :class:`Video` as Ray Data carries it."""
+
+    key: str
+    record: str
+    names: list[str]
+    blobs: list[bytes]
+
+
+def reject(video: Video, cause: Cause, detail: str = "") -> Video:
+    """End a video with a cause from the closed list; its spans and everything learned so far stay on record.
+
+    Args:
+        video: the row.
+        cause: ends the row as ``failed`` when it is in :data:`TRANSIENT`, else as ``rejected``.
+        detail: one line for people: the offending value, the tool's own words. Newlines are folded.
+    """
+    state: State = "failed" if cause in TRANSIENT else "rejected"
+    return replace(video, state=state, cause=cause.value, detail=one_line(detail))
+
+
+def reject_track(track: Track, cause: Cause, detail: str = "") -> Track:
+    """End one track with a cause; the video goes on."""
+    return replace(track, state="rejected", cause=cause.value, detail=one_line(detail))
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of ``size`` items, the last one shorter (``itertools.batched`` of Python 3.12)."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def one_line(text: str, limit: int = 400) -> str:
+    """Fold white space and cut to ``limit`` characters, for details and messages."""
+    folded = " ".join(text.split())
+    return folded if len(folded) <= limit else folded[: limit - 1] + "…"
+
+
+@cache
+def _adapter() -> TypeAdapter[Video]:
+    return TypeAdapter(Video)
+
+
+def to_json(video: Video) -> str:
+    """The record as JSON; :func:`from_json` restores an equal value."""
+    return _adapter().dump_json(video).decode()
+
+
+def from_json(text: str | bytes) -> Video:
+    """Inverse of :func:`to_json`. Raises ``pydantic.ValidationError`` on anything else."""
+    return _adapter().validate_json(text)
+
+
+def to_row(video: Video, members: list[Member] | None = None) -> VideoRow:
+    """Pack for Ray Data."""
+    members = members or []
+    return {
+        "key": video.key,
+        "record": to_json(video),
+        "names": [name for name, _ in members],
+        "blobs": [data for _, data in members],
+    }
+
+
+def from_row(row: VideoRow) -> tuple[Video, list[Member]]:
+    """Unpack what :func:`to_row` packed."""
+    return from_json(row["record"]), list(zip(row["names"], row["blobs"], strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResources:
+    """What one actor of a stage asks Ray for, and how far its pool may grow."""
+
+    num_cpus: float = 1.0
+    """Logical CPUs of one actor."""
+    num_gpus: float = 0.0
+    """Share of a GPU of one actor."""
+    memory_gb: float = 1.0
+    """Memory one actor is expected to need, GiB; Ray places no more actors on a node than fit."""
+    min_actors: int = 1
+    """Actors that are always there."""
+    max_actors: int = 64
+    """Actors the pool may grow to while the stage is the bottleneck."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_actors <= self.max_actors:
+            raise ValueError(
+                f"actors: 1 <= min_actors <= max_actors, got {self.min_actors} and {self.max_actors}"
+            )
+
+
+Stage = Callable[[Video, list[Member]], tuple[Video, list[Member]]]
+"""What a stage does to one video. Expected trouble becomes ``reject``; anything raised is our fault."""
+
+
+def run_stage(name: str, stage: Stage, row: VideoRow) -> VideoRow:
+    """Run one stage on one row: skip finished rows, time it, and turn a crash into a ``failed`` row.
+
+    An exception inside a Ray Data ``map`` would end the whole job, so this is the one place where everything
+    is caught; the row keeps the exception's type and text and is tried again by the next run.
+    """
+    video, members = from_row(row)
+    if not video.live:
+        return row
+    started = time.perf_counter()
+    try:
+        video, members = stage(video, members)
+    except Exception as error:
+        logger.exception("stage %s crashed on %s", name, video.key)
+        video = reject(video, Cause.CRASH, f"{name}: {type(error).__name__}: {error}")
+    seconds = video.seconds | {name: round(time.perf_counter() - started, 4)}
+    return to_row(replace(video, seconds=seconds), members if video.live else [])
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """An array as the content of a ``.npy`` member. No pickles."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def npy_array(data: bytes) -> NDArray[Any]:
+    """Inverse of :func:`npy_bytes`."""
+    array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+    return array
+
+
+def frame_member(key: str, index: int, extension: str = "jpg") -> str:
+    """Name of one frame's member: ``KEY.000123.jpg``; ``index`` is the frame's presentation index."""
+    return f"{key}.{index:06d}.{extension}"
+
+
+def select_frames(
+    video: Video, track: Track, members: list[Member], keep: NDArray[np.bool_], cause: Cause
+) -> tuple[Track, list[Member]]:
+    """Drop frames of one track everywhere at once: record, per-frame arrays and pictures.
+
+    Args:
+        video: owner of the track.
+        track: has ``n`` frames.
+        members: all members of the video; those of other tracks pass through.
+        keep: (n,) True for frames that stay.
+        cause: counted in ``track.dropped`` for those that go.
+    """
+    if keep.shape != (len(track.times),):
+        raise ValueError(f"keep has shape {keep.shape}, the track has {len(track.times)} frames")
+    if keep.all():
+        return track, members
+    key = video.track_key(track)
+    kept = np.flatnonzero(keep)
+    gone = {f"{key}.{track.indices[i]:06d}" for i in np.flatnonzero(~keep)}
+    selected: list[Member] = []
+    for name, data in members:
+        if name.startswith(f"{key}.") and name.endswith(".npy"):
+            selected.append((name, npy_bytes(npy_array(data)[kept])))
+        elif name.rsplit(".", 1)[0] not in gone:
+            selected.append((name, data))
+    dropped = dict(track.dropped)
+    dropped[cause.value] = dropped.get(cause.value, 0) + len(gone)
+    track = replace(
+        track,
+        times=tuple(track.times[i] for i in kept),
+        indices=tuple(track.indices[i] for i in kept),
+        boxes=tuple(track.boxes[i] for i in kept),
+        box_scores=tuple(track.box_scores[i] for i in kept),
+        dropped=dropped,
+    )
+    return track, selected
+
+
+def drop_members(members: list[Member], key: str) -> list[Member]:
+    """Members without those of the sample ``key`` (of a track that was rejected)."""
+    return [(name, data) for name, data in members if not name.startswith(f"{key}.")]

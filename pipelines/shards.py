@@ -1,0 +1,773 @@
+"""Stage 7. Video rows ↔ dataset on disk: commits, WebDataset shards, index, ledger, manifest. CPU.
+
+Exactly once, in two steps. *Commit*: each video's result becomes one tar under ``work/parts`` and then one JSON that
+names its sha256; the JSON is the commit, and a retry writes the same names with the same bytes. *Publish*: commits are
+gathered, shards are cut from them by a plan that depends on nothing but their content, and ``dataset.json`` comes last.
+A dataset without ``dataset.json`` is not a dataset, and readers follow its names only. docs/formats.md is the contract.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.schema import (
+    SCHEMA_VERSION,
+    Member,
+    StageResources,
+    Track,
+    Video,
+    VideoRow,
+    batched,
+    from_json,
+    from_row,
+    to_json,
+)
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+MANIFEST = "dataset.json"
+INDEX = "index.parquet"
+LEDGER = "ledger/ledger.parquet"
+WORK = "work"
+TAR_BLOCK = tarfile.BLOCKSIZE
+TAR_END = b"\0" * (2 * TAR_BLOCK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsConfig:
+    """How samples are gathered into tar files."""
+
+    target_mb: float = 512.0
+    """Wanted size of a shard, MiB. Fixes the number of shards at the first publication; 200 to 1000 in production."""
+    resources: StageResources = StageResources(num_cpus=0.5, memory_gb=1.0)
+    """Of the actors that commit videos and of the tasks that pack shards."""
+
+    def __post_init__(self) -> None:
+        if self.target_mb <= 0:
+            raise ValueError(f"shards.target_mb must be positive, got {self.target_mb}")
+
+
+class DatasetError(ValueError):
+    """A dataset that is missing, unfinished, damaged or of another version: one line for the user."""
+
+
+# --- commits ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """One video's finished result, as ``work/parts/<hh>/<key>.json`` holds it."""
+
+    video: Video
+    """Without boxes, frame times and the like: those live in the sample's own ``KEY.json``."""
+    tar_sha256: str
+    """Of ``work/parts/<hh>/<key>.tar``; empty when the video has no sample."""
+    slices: dict[str, tuple[int, int]]
+    """(offset, length) of each sample inside that tar, by sample key."""
+    frames: dict[str, int]
+    """Kept frames of each sample, by sample key."""
+
+    def to_bytes(self) -> bytes:
+        """JSON, keys sorted."""
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "video": json.loads(to_json(self.video)),
+            "tar_sha256": self.tar_sha256,
+            "slices": self.slices,
+            "frames": self.frames,
+        }
+        return json.dumps(record, sort_keys=True, indent=1).encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Commit:
+        """Inverse of :meth:`to_bytes`. Raises ``ValueError`` on another schema version."""
+        record = json.loads(data)
+        if record["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"commit of schema {record['schema_version']}, not {SCHEMA_VERSION}")
+        return Commit(
+            video=from_json(json.dumps(record["video"])),
+            tar_sha256=record["tar_sha256"],
+            slices={key: (offset, length) for key, (offset, length) in record["slices"].items()},
+            frames=record["frames"],
+        )
+
+
+def part_uri(output: str, key: str, extension: str) -> str:
+    """``OUTPUT/work/parts/<hh>/<key>.<extension>``; ``hh`` keeps folders small."""
+    folder = hashlib.sha256(key.encode()).hexdigest()[:2]
+    return storage.join(output, WORK, "parts", folder, f"{key}.{extension}")
+
+
+def sample_json(video: Video, track: Track, crop: Mapping[str, Any]) -> bytes:
+    """``KEY.json``: where the sample comes from and how it was made; one entry a kept frame where lists are.
+
+    Args:
+        video: the source.
+        track: kept, after every filter inside the video.
+        crop: rule, size and score columns, equal for the whole dataset.
+    """
+    span = next((span for span in video.spans if span.name == track.span), None)
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "key": video.track_key(track),
+        "identity": video.identity,
+        "video": video.video,
+        "track": track.name,
+        "span": track.span,
+        "url": video.url,
+        "video_sha256": video.sha256,
+        "source": video.source,
+        "fps": video.probe.get("fps"),
+        "width": video.probe.get("width"),
+        "height": video.probe.get("height"),
+        "indices": track.indices,
+        "times": [round(time, 6) for time in track.times],
+        "boxes": [[round(edge, 3) for edge in box] for box in track.boxes],
+        "box_scores": [round(score, 4) for score in track.box_scores],
+        "scores": track.scores,
+        "shift": {name: video.shift[name] for name in sorted(video.shift) if name != "strip"},
+        "audio_offset": span.audio_offset if span else 0,
+        "fv_conf": span.fv_conf if span else 0.0,
+        "asd_conf": span.asd_conf if span else 0.0,
+        "crop": dict(crop),
+        "versions": video.versions,
+    }
+    return json.dumps(record, sort_keys=True).encode()
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """A USTAR header that depends on name and size only. Raises ``ValueError`` for a name over 100 bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    info.mode = 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT, "ascii")
+
+
+def tar_sample(members: Sequence[Member]) -> bytes:
+    """The members of one sample as a run of tar blocks, without the archive's end."""
+    blocks = []
+    for name, data in members:
+        blocks += [tar_header(name, len(data)), data, b"\0" * (-len(data) % TAR_BLOCK)]
+    return b"".join(blocks)
+
+
+def commit(video: Video, members: list[Member], output: str, crop: Mapping[str, Any]) -> Commit:
+    """Write one video's part and its commit; the same input writes the same bytes under the same names.
+
+    Args:
+        video: after the last stage, rejected or not.
+        members: of its open tracks, frames of a track adjacent.
+        output: dataset URI.
+        crop: see :func:`sample_json`.
+    """
+    by_key: dict[str, list[Member]] = {}
+    for name, data in members:
+        by_key.setdefault(name.split(".", 1)[0], []).append((name, data))
+    blocks: list[bytes] = []
+    slices: dict[str, tuple[int, int]] = {}
+    frames: dict[str, int] = {}
+    offset = 0
+    for track in video.tracks:
+        key = video.track_key(track)
+        if not video.live or track.state != "open":
+            continue
+        sample = tar_sample([(f"{key}.json", sample_json(video, track, crop)), *by_key[key]])
+        slices[key] = (offset, len(sample))
+        frames[key] = len(track.times)
+        blocks.append(sample)
+        offset += len(sample)
+    sha256 = ""
+    if blocks:
+        tar = b"".join([*blocks, TAR_END])
+        sha256 = hashlib.sha256(tar).hexdigest()
+        storage.write_atomic(part_uri(output, video.key, "tar"), tar)
+    done = Commit(video=_slim(video), tar_sha256=sha256, slices=slices, frames=frames)
+    extension = "failed.json" if video.state == "failed" else "json"
+    storage.write_atomic(part_uri(output, video.key, extension), done.to_bytes())
+    return done
+
+
+def _slim(video: Video) -> Video:
+    spans = tuple(
+        replace(span, start=span.times[0], end=span.times[-1], times=(), boxes=())
+        if span.times
+        else span
+        for span in video.spans
+    )
+    tracks = tuple(
+        replace(
+            track,
+            times=(track.times[0], track.times[-1]) if track.times else (),
+            indices=(),
+            boxes=(),
+            box_scores=(),
+            embedding=tuple(round(value, 6) for value in track.embedding),
+        )
+        for track in video.tracks
+    )
+    return replace(video, spans=spans, tracks=tracks)
+
+
+def committed(output: str) -> tuple[set[str], set[str]]:
+    """Keys of videos that are finished, and of those that failed and may be tried again."""
+    done, failed = set(), set()
+    for name in storage.names_below(storage.join(output, WORK, "parts")):
+        stem = name.rsplit("/", 1)[-1]
+        if stem.endswith(".failed.json"):
+            failed.add(stem.removesuffix(".failed.json"))
+        elif stem.endswith(".json"):
+            done.add(stem.removesuffix(".json"))
+    return done, failed - done
+
+
+def load_commits(output: str, keys: Iterable[str], threads: int = 16) -> Iterator[Commit]:
+    """Commits of the given keys in that order; a failed one where there is no better."""
+
+    def load(key: str) -> Commit:
+        try:
+            data = storage.read_bytes(part_uri(output, key, "json"))
+        except FileNotFoundError:
+            data = storage.read_bytes(part_uri(output, key, "failed.json"))
+        return Commit.from_bytes(data)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in batched(keys, 1024):
+            yield from pool.map(load, batch)
+
+
+class Committer:
+    """Actor of the last stage: writes what arrives and answers with a small row of counts."""
+
+    def __init__(self, output: str, crop: dict[str, Any]) -> None:
+        self.output = output
+        self.crop = crop
+
+    def __call__(self, row: VideoRow) -> dict[str, Any]:
+        """Commit one row. A storage error is not the video's fault: it is raised and ends the job."""
+        video, members = from_row(row)
+        done = commit(video, members, self.output, self.crop)
+        return {
+            "key": video.key,
+            "state": video.state,
+            "cause": video.cause,
+            "tracks": len(done.slices),
+            "frames": sum(done.frames.values()),
+            "bytes": sum(length for _, length in done.slices.values()),
+            "seconds": json.dumps(video.seconds),
+        }
+
+
+def add_commits(
+    videos: Dataset, output: str, crop: dict[str, Any], config: ShardsConfig
+) -> Dataset:
+    """Rows of videos → a row of counts for each, once its commit is on disk."""
+    import ray.data
+
+    resources = config.resources
+    return videos.map(
+        Committer,  # type: ignore[arg-type]
+        fn_constructor_kwargs={"output": output, "crop": crop},
+        compute=ray.data.ActorPoolStrategy(
+            min_size=resources.min_actors, max_size=resources.max_actors
+        ),
+        num_cpus=resources.num_cpus,
+        memory=resources.memory_gb * 2**30,
+    )
+
+
+# --- shards -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """One sample to be packed: where its run of tar blocks lies."""
+
+    key: str
+    part: str
+    """Key of the video whose part holds it."""
+    sha256: str
+    """Of that part."""
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """What one shard will hold. Depends on the samples and on nothing else."""
+
+    split: str
+    bucket: int
+    slices: tuple[Slice, ...]
+
+    @property
+    def digest(self) -> str:
+        """Names the plan: equal plans give equal shards."""
+        parts = [
+            f"{SCHEMA_VERSION} {self.split} {self.bucket}",
+            *(f"{item.key} {item.sha256} {item.offset} {item.length}" for item in self.slices),
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """For a Ray Data row."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> ShardPlan:
+        """Inverse of :meth:`to_json`."""
+        record = json.loads(text)
+        slices = tuple(Slice(**item) for item in record["slices"])
+        return ShardPlan(split=record["split"], bucket=record["bucket"], slices=slices)
+
+
+def bucket_of(identity: str, buckets: int) -> int:
+    """Shard number of an identity: a stable hash modulo the number of shards of its split."""
+    digest = hashlib.sha256(f"shard {identity}".encode()).digest()
+    return int.from_bytes(digest[:8]) % buckets
+
+
+def plan_shards(
+    kept: Iterable[tuple[str, str, Slice]], target_mb: float, buckets: Mapping[str, int]
+) -> tuple[list[ShardPlan], dict[str, int]]:
+    """Assign samples to shards.
+
+    Args:
+        kept: (split, identity, slice) of every published sample, in any order.
+        target_mb: wanted shard size, MiB; used only for splits that have no number of shards yet.
+        buckets: number of shards by split of an earlier publication; kept for ever.
+
+    Returns:
+        plans sorted by (split, bucket), samples inside sorted by key; and the number of shards by split.
+    """
+    by_split: dict[str, list[tuple[str, Slice]]] = {}
+    for split, identity, item in kept:
+        by_split.setdefault(split, []).append((identity, item))
+    numbers = dict(buckets)
+    plans = []
+    for split in sorted(by_split):
+        samples = by_split[split]
+        total = sum(item.length for _, item in samples)
+        count = numbers.setdefault(split, max(1, round(total / (target_mb * 2**20))))
+        groups: dict[int, list[Slice]] = {}
+        for identity, item in samples:
+            groups.setdefault(bucket_of(identity, count), []).append(item)
+        for bucket in sorted(groups):
+            slices = tuple(sorted(groups[bucket], key=lambda item: item.key))
+            plans.append(ShardPlan(split=split, bucket=bucket, slices=slices))
+    return plans, numbers
+
+
+def pack(plan: ShardPlan, output: str) -> dict[str, Any]:
+    """Write one shard, read it back, and record it under ``work/packed``; a finished one is not written again.
+
+    Returns:
+        the record: ``name``, ``split``, ``bytes``, ``sha256``, ``samples`` (index rows, see :func:`index_row`).
+
+    Raises:
+        DatasetError: a part is missing, or its bytes are not those that were committed.
+    """
+    record_uri = storage.join(output, WORK, "packed", f"{plan.digest}.json")
+    if storage.exists(record_uri):
+        record: dict[str, Any] = json.loads(storage.read_bytes(record_uri))
+        if shard_size(output, record["name"]) == record["bytes"]:
+            return record
+    with tempfile.TemporaryDirectory(prefix="headray-pack-") as folder:
+        local = Path(folder) / "shard.tar"
+        with local.open("wb") as file:
+            for part, slices in itertools.groupby(plan.slices, key=lambda item: item.part):
+                wanted = list(slices)
+                tar = _read_part(output, part, wanted[0].sha256)
+                for item in wanted:
+                    file.write(tar[item.offset : item.offset + item.length])
+            file.write(TAR_END)
+        samples = read_samples(local)
+        if [sample["key"] for sample in samples] != [item.key for item in plan.slices]:
+            raise DatasetError(
+                f"{plan.split} shard {plan.bucket}: samples read back differ from the plan"
+            )
+        with local.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        name = f"{plan.split}-{plan.bucket:05d}-{sha256[:12]}.tar"
+        storage.put_file(local, storage.join(output, "shards", name))
+        size = local.stat().st_size
+    record = {
+        "name": name,
+        "split": plan.split,
+        "bytes": size,
+        "sha256": sha256,
+        "samples": samples,
+    }
+    storage.write_atomic(record_uri, json.dumps(record, sort_keys=True).encode())
+    return record
+
+
+def _read_part(output: str, key: str, sha256: str) -> bytes:
+    uri = part_uri(output, key, "tar")
+    try:
+        tar = storage.read_bytes(uri)
+    except FileNotFoundError:
+        raise DatasetError(
+            f"{uri}: committed part is missing; delete its .json and run again"
+        ) from None
+    if hashlib.sha256(tar).hexdigest() != sha256:
+        raise DatasetError(f"{uri}: bytes differ from its commit; delete its .json and run again")
+    return tar
+
+
+def shard_size(output: str, name: str) -> int:
+    """Bytes of a shard, -1 when it is not there."""
+    try:
+        return storage.size(storage.join(output, "shards", name))
+    except FileNotFoundError:
+        return -1
+
+
+def read_samples(tar: Path) -> list[dict[str, Any]]:
+    """Read a whole shard and describe each sample, in file order.
+
+    Returns:
+        one dict a sample: fields of its ``KEY.json`` that the index wants, ``members`` (names without the key),
+        ``offsets`` and ``sizes`` of their contents in the file.
+
+    Raises:
+        DatasetError: not a tar, cut off, members of a sample not adjacent, or a sample without its JSON.
+    """
+    samples: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    end = 0
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for info in archive:
+                key, suffix = info.name.split(".", 1)
+                data = archive.extractfile(info)
+                content = data.read() if data else b""
+                if len(content) != info.size:
+                    raise DatasetError(f"{tar.name}: member {info.name} is cut off")
+                if not samples or samples[-1]["key"] != key:
+                    if key in seen or suffix != "json":
+                        raise DatasetError(f"{tar.name}: sample {key} does not begin with its JSON")
+                    seen.add(key)
+                    samples.append(index_row(json.loads(content)))
+                samples[-1]["members"].append(suffix)
+                samples[-1]["offsets"].append(info.offset_data)
+                samples[-1]["sizes"].append(info.size)
+                end = info.offset_data + info.size + -info.size % TAR_BLOCK
+    except (tarfile.TarError, EOFError) as error:
+        raise DatasetError(f"{tar.name}: {error}") from error
+    with tar.open("rb") as file:
+        file.seek(end)
+        if file.read() != TAR_END:
+            raise DatasetError(f"{tar.name}: the end of the archive is missing")
+    return samples
+
+
+def index_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a sample's JSON that ``index.parquet`` repeats, with empty lists for its members."""
+    return {
+        "key": record["key"],
+        "identity": record["identity"],
+        "video": record["video"],
+        "track": record["track"],
+        "frames": len(record["indices"]),
+        "url": record["url"],
+        "start": record["times"][0],
+        "end": record["times"][-1],
+        "fps": float(record["fps"] or 0.0),
+        "scores": record["scores"],
+        "members": [],
+        "offsets": [],
+        "sizes": [],
+    }
+
+
+def pack_all(
+    plans: Sequence[ShardPlan], output: str, config: ShardsConfig
+) -> Iterator[dict[str, Any]]:
+    """Pack every plan in Ray tasks; yields the records as they finish, in no particular order."""
+    import ray.data
+
+    if not plans:
+        return
+    dataset = ray.data.from_items(
+        [{"plan": plan.to_json()} for plan in plans], override_num_blocks=len(plans)
+    ).map(
+        _pack_row,  # type: ignore[arg-type]
+        fn_kwargs={"output": output},
+        num_cpus=config.resources.num_cpus,
+        memory=config.resources.memory_gb * 2**30,
+    )
+    for row in dataset.iter_rows():
+        yield json.loads(row["record"])
+
+
+def _pack_row(row: dict[str, Any], output: str) -> dict[str, Any]:
+    return {"record": json.dumps(pack(ShardPlan.from_json(row["plan"]), output))}
+
+
+# --- index, ledger, manifest ------------------------------------------------------------------------------------
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("identity", pa.string()),
+        ("video", pa.string()),
+        ("track", pa.string()),
+        ("split", pa.string()),
+        ("shard", pa.string()),
+        ("frames", pa.int32()),
+        ("url", pa.string()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("fps", pa.float64()),
+        ("scores", pa.map_(pa.string(), pa.float64())),
+        ("members", pa.list_(pa.string())),
+        ("offsets", pa.list_(pa.int64())),
+        ("sizes", pa.list_(pa.int64())),
+    ]
+)
+
+LEDGER_SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("key", pa.string()),
+        ("identity", pa.string()),
+        ("video", pa.string()),
+        ("track", pa.string()),
+        ("split", pa.string()),
+        ("state", pa.string()),
+        ("stage", pa.string()),
+        ("cause", pa.string()),
+        ("detail", pa.string()),
+        ("frames", pa.int32()),
+        ("dropped", pa.map_(pa.string(), pa.int64())),
+        ("scores", pa.map_(pa.string(), pa.float64())),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("url", pa.string()),
+        ("video_sha256", pa.string()),
+        ("bytes", pa.int64()),
+        ("attempts", pa.int32()),
+        ("seconds", pa.map_(pa.string(), pa.float64())),
+        ("shift", pa.string()),
+        ("source", pa.string()),
+        ("versions", pa.string()),
+    ]
+)
+
+
+def write_index(records: Iterable[Mapping[str, Any]], output: str) -> dict[str, Any]:
+    """``index.parquet`` from the records of :func:`pack`; one row group a shard, shards by name.
+
+    Returns:
+        ``file``, ``bytes`` and ``sha256`` for the manifest.
+    """
+    with tempfile.TemporaryDirectory(prefix="headray-index-") as folder:
+        local = Path(folder) / INDEX
+        with pq.ParquetWriter(local, INDEX_SCHEMA, compression="zstd") as writer:
+            for record in sorted(records, key=lambda record: record["name"]):
+                rows = [
+                    sample
+                    | {
+                        "split": record["split"],
+                        "shard": record["name"],
+                        "scores": sorted(sample["scores"].items()),
+                    }
+                    for sample in record["samples"]
+                ]
+                writer.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
+        content = local.read_bytes()
+    storage.write_atomic(storage.join(output, INDEX), content)
+    return {"file": INDEX, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def read_index(output: str) -> pa.Table:
+    """The index of a published dataset, checked against the manifest. Raises :class:`DatasetError`."""
+    wanted = read_manifest(output)["index"]
+    content = storage.read_bytes(storage.join(output, wanted["file"]))
+    if hashlib.sha256(content).hexdigest() != wanted["sha256"]:
+        raise DatasetError(f"{storage.join(output, INDEX)}: sha256 differs from {MANIFEST}")
+    return pq.read_table(io.BytesIO(content))
+
+
+def ledger_rows(
+    commit: Commit, decisions: Mapping[str, tuple[str, str, str]]
+) -> list[dict[str, Any]]:
+    """What the ledger says of one video: a row for it, then one for each of its tracks.
+
+    Args:
+        commit: the finished video.
+        decisions: by sample key (split, cause, detail) of the identity filter; an empty cause means published.
+    """
+    video = commit.video
+    tracks = [_track_row(commit, track, decisions) for track in video.tracks]
+    published = [row for row in tracks if row["state"] == "published"]
+    state: str = video.state
+    cause, detail = video.cause, video.detail
+    if video.live and published:
+        state = "published"
+    elif video.live:
+        state = "rejected"
+        cause = Counter(row["_cause"] for row in tracks if row["_cause"]).most_common(1)[0][0]
+        detail = f"none of {len(tracks)} tracks published"
+    own = {
+        "kind": "video",
+        "key": video.key,
+        "track": "",
+        "split": published[0]["split"] if published else video.split,
+        "state": state,
+        "_cause": cause,
+        "detail": detail,
+        "frames": sum(row["frames"] for row in published),
+        "dropped": [],
+        "scores": [],
+        "start": 0.0,
+        "end": float(video.probe.get("duration") or 0.0),
+    }
+    shared = {
+        "identity": video.identity,
+        "video": video.video,
+        "url": video.url or video.path,
+        "video_sha256": video.sha256,
+        "bytes": video.size,
+        "attempts": video.attempts,
+        "seconds": sorted(video.seconds.items()),
+        "shift": json.dumps(video.shift, sort_keys=True) if video.shift else "",
+        "source": json.dumps(video.source, sort_keys=True) if video.source else "",
+        "versions": json.dumps(video.versions, sort_keys=True) if video.versions else "",
+    }
+    rows = []
+    for row in [own, *tracks]:
+        stage, _, reason = row.pop("_cause").partition(": ")
+        rows.append(row | shared | {"stage": stage, "cause": reason})
+    return rows
+
+
+def _track_row(
+    commit: Commit, track: Track, decisions: Mapping[str, tuple[str, str, str]]
+) -> dict[str, Any]:
+    video = commit.video
+    key = video.track_key(track)
+    state: str = track.state
+    split, cause, detail = video.split, track.cause, track.detail
+    if key in decisions:
+        split, cause, detail = decisions[key]
+        state = "rejected" if cause else "published"
+    elif state == "open":  # the video itself ended
+        state, cause, detail = video.state, video.cause, video.detail
+    return {
+        "kind": "track",
+        "key": key,
+        "track": track.name,
+        "split": split,
+        "state": state,
+        "_cause": cause,
+        "detail": detail,
+        "frames": commit.frames.get(key, 0),
+        "dropped": sorted(track.dropped.items()),
+        "scores": sorted(track.scores.items()),
+        "start": track.times[0] if track.times else 0.0,
+        "end": track.times[-1] if track.times else 0.0,
+    }
+
+
+def write_ledger(rows: Iterable[dict[str, Any]], output: str) -> None:
+    """``ledger/ledger.parquet`` from a stream of rows; memory does not grow with their number."""
+    with tempfile.TemporaryDirectory(prefix="headray-ledger-") as folder:
+        local = Path(folder) / "ledger.parquet"
+        with pq.ParquetWriter(local, LEDGER_SCHEMA, compression="zstd") as writer:
+            for batch in batched(rows, 4096):
+                writer.write_table(pa.Table.from_pylist(list(batch), schema=LEDGER_SCHEMA))
+        storage.put_file(local, storage.join(output, LEDGER))
+
+
+def read_ledger(output: str) -> pa.Table:
+    """The ledger as a table of :data:`LEDGER_SCHEMA`. Raises :class:`DatasetError` when there is none."""
+    uri = storage.join(output, LEDGER)
+    try:
+        return pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+    except FileNotFoundError:
+        raise DatasetError(f"{uri}: no ledger; has jobs/preprocess.py finished there?") from None
+
+
+def write_manifest(manifest: Mapping[str, Any], output: str) -> None:
+    """``dataset.json``, last of all: from here on the dataset exists."""
+    content = json.dumps(manifest, sort_keys=True, indent=1).encode()
+    storage.write_atomic(storage.join(output, MANIFEST), content)
+
+
+def read_manifest(output: str) -> dict[str, Any]:
+    """``dataset.json`` of a published dataset. Raises :class:`DatasetError` with the cure."""
+    uri = storage.join(output, MANIFEST)
+    try:
+        manifest: dict[str, Any] = json.loads(storage.read_bytes(uri))
+    except FileNotFoundError:
+        raise DatasetError(
+            f"{uri}: not found, so {output} is not a (finished) dataset; run jobs/preprocess.py to its end"
+        ) from None
+    except ValueError as error:
+        raise DatasetError(f"{uri}: not JSON ({error})") from None
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise DatasetError(
+            f"{uri}: schema version {manifest.get('schema_version')}, this program reads {SCHEMA_VERSION}"
+        )
+    return manifest
+
+
+def verify(output: str) -> list[str]:
+    """Read all of a dataset again: every shard's size, sha256, structure and its rows in the index.
+
+    Returns:
+        one line for each thing that is wrong; empty when all is well. Raises :class:`DatasetError` when there is
+        nothing to verify.
+    """
+    manifest = read_manifest(output)
+    index = read_index(output)
+    problems = []
+    named = {shard["name"] for shard in manifest["shards"]}
+    for name in storage.names_below(storage.join(output, "shards")):
+        if name not in named:
+            problems.append(f"shards/{name}: not named by {MANIFEST}")
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in index.to_pylist():
+        rows.setdefault(row["shard"], []).append(row)
+    for shard in manifest["shards"]:
+        problems += _verify_shard(output, shard, rows.get(shard["name"], []))
+    return problems
+
+
+def _verify_shard(output: str, shard: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    name = shard["name"]
+    try:
+        with storage.local_file(storage.join(output, "shards", name)) as local:
+            with local.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            if sha256 != shard["sha256"]:
+                return [
+                    f"shards/{name}: sha256 {sha256[:12]}…, {MANIFEST} says {shard['sha256'][:12]}…"
+                ]
+            samples = read_samples(local)
+    except FileNotFoundError:
+        return [f"shards/{name}: missing"]
+    except DatasetError as error:
+        return [f"shards/{error}"]
+    fields = ("key", "members", "offsets", "sizes")
+    found = [[sample[field] for field in fields] for sample in samples]
+    told = [[row[field] for field in fields] for row in rows]
+    return [] if found == told else [f"shards/{name}: samples differ from {INDEX}"]

@@ -1,0 +1,161 @@
+"""Files by URI, local or in an object store (fsspec): appear whole or not at all.
+
+Local files are written beside their final name, synced and renamed. Object stores have no rename, but a put is
+atomic: the object is put under its final name. Nothing here lists a directory to find out what is valid; readers
+follow names written in commits and manifests.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+TEMPORARY = ".tmp-"
+"""Prefix of unfinished local files; ``remove_temporary`` deletes what a killed run left."""
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a URI and the path inside it. Raises ``ValueError`` for an unknown scheme."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    return fs, path
+
+
+def is_local(uri: str) -> bool:
+    """Whether the URI is a path of this machine (``file://`` included)."""
+    return isinstance(filesystem(uri)[0], LocalFileSystem)
+
+
+def join(uri: str, *parts: str) -> str:
+    """``uri/part/part``; one slash between."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def absolute(uri: str) -> str:
+    """Local paths made absolute (workers run in another directory); other URIs unchanged."""
+    if is_local(uri):
+        return str(Path(filesystem(uri)[1]).expanduser().resolve())
+    return uri
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there now, past any listing cache."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    return bool(fs.exists(path))
+
+
+def size(uri: str) -> int:
+    """Bytes of a file. Raises ``FileNotFoundError``."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    return int(fs.size(path))
+
+
+def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+    """A whole file, or the range ``[start, end)`` of it by a range read. Raises ``FileNotFoundError``."""
+    fs, path = filesystem(uri)
+    return bytes(fs.cat_file(path, start=start, end=end))
+
+
+def write_atomic(uri: str, data: bytes) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a part."""
+    fs, path = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, data)
+        return
+    with local_aside(Path(path)) as aside:
+        aside.write_bytes(data)
+
+
+def put_file(source: Path, uri: str) -> None:
+    """Copy a finished local file to a URI; it appears there whole."""
+    fs, path = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        fs.put_file(str(source), path)
+        return
+    with local_aside(Path(path)) as aside:
+        shutil.copyfile(source, aside)
+
+
+@contextmanager
+def local_aside(target: Path) -> Iterator[Path]:
+    """A temporary name in the target's folder; on success synced and renamed to it, on failure removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+    try:
+        yield aside
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        aside.replace(target)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def local_file(uri: str) -> Iterator[Path]:
+    """A local path with the content of a URI: the file itself when local, else a copy that is removed after."""
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="headray-") as folder:
+        copy = Path(folder) / Path(path).name
+        fs.get_file(path, str(copy))
+        yield copy
+
+
+def names_below(uri: str) -> list[str]:
+    """Paths of all files below a folder, relative to it, sorted; empty when the folder is not there."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    root = path.rstrip("/") + "/"
+    return sorted(found[len(root) :] for found in fs.find(path) if found.startswith(root))
+
+
+def remove(uri: str) -> None:
+    """Delete a file or a folder with all that is in it; nothing happens when it is not there."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def remove_temporary(uri: str) -> int:
+    """Delete unfinished files of a killed run below a local folder; returns how many.
+
+    Only safe while no other job writes there: the caller holds the output's lock.
+    """
+    if not is_local(uri):
+        return 0
+    left = list(Path(filesystem(uri)[1]).rglob(f"{TEMPORARY}*"))
+    for path in left:
+        path.unlink(missing_ok=True)
+    return len(left)
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Write a file only if it is not there yet; False when somebody else's is."""
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with Path(path).open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+        return True
+    try:
+        fs.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    return True

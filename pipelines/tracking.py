@@ -1,0 +1,130 @@
+"""MLflow, on the driver or rank 0. The only file that imports mlflow.
+
+``MLFLOW_TRACKING_URI`` decides where a run is recorded; unset means files: ``mlflow.db`` and ``mlartifacts/`` in the
+working directory, or ``OUTPUT/mlflow/`` in a submitted job, whose working directory is a temporary copy.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines import storage
+
+PARAMETER_LIMIT = 6000
+"""MLflow's longest parameter value, characters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """Where runs go, and what a person types to see them."""
+
+    uri: str
+    artifacts: str
+    """Folder of the artifacts; empty when the tracking server decides."""
+    show: str
+    """The command that opens the UI."""
+    upload_to: str = ""
+    """Object-store URI that receives the local store when the run ends; empty when there is nothing to copy."""
+
+
+def find_store(output: str, submitted: bool) -> Store:
+    """The tracking store of this run.
+
+    Args:
+        output: of the job; used when nothing is configured and the working directory is temporary.
+        submitted: whether this is a job submitted to a cluster.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri:
+        return Store(uri=uri, artifacts="", show=f"mlflow ui --backend-store-uri {uri}")
+    upload_to = ""
+    if not submitted:
+        folder = Path.cwd()
+        database, artifacts = folder / "mlflow.db", folder / "mlartifacts"
+        place = str(folder)
+    else:
+        place = storage.join(output, "mlflow")
+        if storage.is_local(output):
+            folder = Path(place)
+        else:
+            folder = Path(tempfile.mkdtemp(prefix="headray-mlflow-"))
+            upload_to = place
+        folder.mkdir(parents=True, exist_ok=True)
+        database, artifacts = folder / "mlflow.db", folder / "mlartifacts"
+    show = f"mlflow ui --backend-store-uri sqlite:///{place}/mlflow.db"
+    if not submitted:
+        show = "mlflow ui --backend-store-uri sqlite:///mlflow.db"
+    elif upload_to:
+        show = f"fsspec-copy {place} to ./mlflow, then mlflow ui --backend-store-uri sqlite:///mlflow/mlflow.db"
+    return Store(
+        uri=f"sqlite:///{database}", artifacts=str(artifacts), show=show, upload_to=upload_to
+    )
+
+
+class Run:
+    """An open MLflow run."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log numbers at a step."""
+        import mlflow
+
+        mlflow.log_metrics(dict(values), step=step, run_id=self.run_id)
+
+    def file(self, path: Path, folder: str = "") -> None:
+        """Log one file as an artifact."""
+        import mlflow
+
+        mlflow.log_artifact(str(path), folder or None, run_id=self.run_id)
+
+    def record(self, content: Mapping[str, Any], name: str) -> None:
+        """Log a dictionary as a JSON artifact."""
+        import mlflow
+
+        mlflow.log_dict(dict(content), name, run_id=self.run_id)
+
+
+@contextmanager
+def open_run(
+    store: Store, experiment: str, parameters: Mapping[str, Any], tags: Mapping[str, str]
+) -> Iterator[Run]:
+    """A run with its parameters logged; ends as FINISHED, or FAILED when an exception leaves the block.
+
+    Args:
+        store: from :func:`find_store`.
+        experiment: created when new.
+        parameters: flat configuration; values are cut to what MLflow takes.
+        tags: such as the git commit and the dataset's URI.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    mlflow.set_tracking_uri(store.uri)
+    found = mlflow.get_experiment_by_name(experiment)
+    if found is None:
+        location = Path(store.artifacts).as_uri() if store.artifacts else None
+        experiment_id = mlflow.create_experiment(experiment, artifact_location=location)
+    else:
+        experiment_id = found.experiment_id
+    try:
+        with mlflow.start_run(experiment_id=experiment_id, tags=dict(tags)) as run:
+            mlflow.log_params(
+                {name: str(value)[:PARAMETER_LIMIT] for name, value in parameters.items()}
+            )
+            yield Run(run.info.run_id)
+    finally:
+        if store.upload_to:
+            local = Path(store.uri.removeprefix("sqlite:///")).parent
+            for path in sorted(local.rglob("*")):
+                if path.is_file():
+                    storage.put_file(
+                        path, storage.join(store.upload_to, str(path.relative_to(local)))
+                    )

@@ -1,0 +1,74 @@
+"""Runs a job as a user does: a process of its own, from the repository root, with its own Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipelines import shards
+from tests.material import REPOSITORY
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of a job in a test: MLflow's files and Ray's sessions stay in ``folder`` and a short folder of their own."""
+    return os.environ | {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "RAY_ADDRESS": "local",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "COLUMNS": "200",
+    }
+
+
+def start_job(name: str, *arguments: str, folder: Path) -> subprocess.Popen[str]:
+    """``python jobs/NAME.py ARGUMENTS`` in a process group of its own; its output goes to ``folder/NAME.log``."""
+    command = [sys.executable, str(REPOSITORY / "jobs" / f"{name}.py"), *arguments]
+    with (folder / f"{name}.log").open("a") as log:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment(folder),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def run_job(name: str, *arguments: str, folder: Path, timeout: float = 300) -> tuple[int, str]:
+    """Run a job to its end; returns its exit code and all it printed in this run."""
+    log = folder / f"{name}.log"
+    before = log.stat().st_size if log.exists() else 0
+    code = start_job(name, *arguments, folder=folder).wait(timeout)
+    return code, log.read_bytes()[before:].decode()
+
+
+def ledger(output: Path | str) -> dict[str, dict[str, Any]]:
+    """Rows of the ledger by key."""
+    return {row["key"]: row for row in shards.read_ledger(str(output)).to_pylist()}
+
+
+def outcome(row: dict[str, Any]) -> str:
+    """``published``, or ``stage: cause`` of a ledger row."""
+    return row["state"] if row["state"] == "published" else f"{row['stage']}: {row['cause']}"
+
+
+def fingerprint(output: Path) -> dict[str, str]:
+    """sha256 of everything a dataset publishes that two runs must agree on: manifest, index and shards."""
+    files = [output / shards.MANIFEST, output / shards.INDEX, *(output / "shards").iterdir()]
+    return {
+        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(files)
+    }
+
+
+def manifest(output: Path) -> dict[str, Any]:
+    """``dataset.json``."""
+    content: dict[str, Any] = json.loads((output / shards.MANIFEST).read_text())
+    return content
