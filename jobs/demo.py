@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -150,10 +150,13 @@ def picture(
     share: float,
 ) -> NDArray[np.uint8]:
     """One frame, (height, width, 3) RGB; ``share`` is the part of the clip that has passed, 0..1."""
-    if clip.what == "coffee" or (clip.what == "cut" and 0.4 <= share < 0.6):
+    if clip.what == "coffee" or (clip.what == "cut" and 0.45 <= share < 0.55):
         shift = np.array([[3.2, 0, -200 * share], [0, 3.2, -100 * share]])
-        return cv2.warpAffine(
-            coffee, shift, clip.size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101
+        return np.asarray(
+            cv2.warpAffine(
+                coffee, shift, clip.size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101
+            ),
+            np.uint8,
         )
     # Mirroring the portrait upwards would put a second head there: the backdrop is stretched instead.
     above = cv2.GaussianBlur(
@@ -162,9 +165,10 @@ def picture(
     tall = np.concatenate([above, portrait])
     raised = homography @ np.array([[1, 0, 0], [0, 1, -ABOVE], [0, 0, 1.0]])
     flags = cv2.INTER_AREA if clip.scale < 1 else cv2.INTER_CUBIC
-    return cv2.warpPerspective(
+    warped = cv2.warpPerspective(
         tall, raised, clip.size, flags=flags, borderMode=cv2.BORDER_REFLECT_101
     )
+    return np.asarray(warped, np.uint8)
 
 
 def frame_times(clip: Clip) -> NDArray[np.float64]:
@@ -201,14 +205,14 @@ def annotation(clip: Clip) -> str:
     return "\n".join(lines) + "\n"
 
 
-def make_corpus(folder: Path) -> None:
-    """Write ``videos/<video>.mp4`` and the list ``list/txt/...`` with ``vox2_meta.csv`` for :data:`CORPUS`."""
+def make_corpus(folder: Path, clips: Sequence[Clip] = CORPUS) -> None:
+    """Write ``videos/<video>.mp4`` and the list ``list/txt/...`` with ``vox2_meta.csv`` for the clips."""
     import skimage.data
 
     portrait, coffee = skimage.data.astronaut(), skimage.data.coffee()
     videos = folder / "videos"
     videos.mkdir(parents=True)
-    for clip in CORPUS:
+    for clip in clips:
         text = folder / "list" / "txt" / clip.identity / clip.video / "00001.txt"
         text.parent.mkdir(parents=True)
         text.write_text(annotation(clip))
@@ -228,6 +232,15 @@ def make_corpus(folder: Path) -> None:
     (folder / "list" / "vox2_meta.csv").write_text(meta)
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """Says nothing when a client hangs up early, as yt-dlp does after its first look at a file."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing for a connection that was reset; the usual report for anything else."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Serves files without writing a line for each request."""
 
@@ -239,7 +252,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 def serve(folder: Path) -> Iterator[str]:
     """The folder on a free port of 127.0.0.1; yields ``http://127.0.0.1:PORT``."""
     handler = functools.partial(Handler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -114,7 +114,7 @@ def summarise(config: PreprocessConfig, outcome: Outcome, store: tracking.Store)
     say(f"{len(manifest['shards'])} shards, {size / 2**20:,.1f} MiB, in {outcome.seconds:,.0f} s")
     if outcome.retryable:
         say(
-            f"{outcome.retryable} videos failed for reasons that may pass; the same command tries them again "
+            f"{outcome.retryable} failed for reasons that may pass; the same command tries them again "
             f"(the work folder stays until then: {storage.join(config.output, 'work')})"
         )
     say(f"dataset  {config.output}")

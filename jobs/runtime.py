@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 from rich.console import Console
@@ -53,7 +53,7 @@ def parse(presets: Mapping[str, Config], description: str) -> Config:
         usage(str(error))
 
 
-def usage(message: str) -> Any:
+def usage(message: str) -> NoReturn:
     """One readable line on stderr, exit code 2."""
     Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {message}")
     raise SystemExit(USAGE)
@@ -85,10 +85,12 @@ def record(config: Any, output: str) -> dict[str, Any]:
     """
     nested = dataclasses.asdict(config)
     flat = flatten(nested)
-    console.rule("configuration")
-    for name, value in flat.items():
-        console.print(f"  {name} = {value!r}", markup=False)
-    console.rule()
+    console.print("configuration")
+    own = {name: value for name, value in nested.items() if not isinstance(value, Mapping)}
+    groups = {name: value for name, value in nested.items() if isinstance(value, Mapping)}
+    for group, values in [("", own), *groups.items()]:
+        told = " ".join(f"{name}={value!r}" for name, value in flatten(values).items())
+        console.print(f"  {group + ': ' if group else ''}{told}", markup=False)
     content = {"config": nested, "code": code_version()}
     data = json.dumps(content, indent=1, sort_keys=True).encode()
     storage.write_atomic(storage.join(output, "config.json"), data)
@@ -135,6 +137,9 @@ def connect(minimum_cpus: float) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault(
+        "RAY_BACKEND_LOG_LEVEL", "fatal"
+    )  # an "error" for each actor pool that is none
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     )
@@ -146,14 +151,17 @@ def connect(minimum_cpus: float) -> None:
     import ray
 
     if submitted():
-        ray.init(log_to_driver=False, logging_level="ERROR")
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
     elif address != "local":
         environment = {
             "working_dir": str(REPOSITORY),
             "excludes": [".git", ".venv", "demo", "mlartifacts", "mlflow.db"],
         }
         ray.init(
-            address=address, runtime_env=environment, log_to_driver=False, logging_level="ERROR"
+            address=address,
+            runtime_env=environment,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
         )
     else:
         ray.init(
@@ -161,5 +169,5 @@ def connect(minimum_cpus: float) -> None:
             num_cpus=max(os.cpu_count() or 1, int(minimum_cpus + 0.999)),
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )

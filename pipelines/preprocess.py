@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -20,13 +21,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import pyarrow.compute as pc
 
 from models.frozen import weights
 from pipelines import crops, download, identities, report, shards, storage, tracks, voxceleb
 from pipelines.schema import SCHEMA_VERSION, Video, batched, to_row
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 OPERATIONAL = ("input", "output", "keep_work", "window", "max_attempts")
 """Fields that change how a run goes but not what it makes; neither does any ``resources``."""
@@ -129,7 +134,7 @@ def check(config: PreprocessConfig) -> None:
     try:
         before = json.loads(storage.read_bytes(uri))["config"]
     except FileNotFoundError:
-        if storage.names_below(config.output):
+        if [name for name in storage.names_below(config.output) if not name.startswith("work/")]:
             raise ConfigError(
                 f"--output {config.output}: holds files but no HeadRay config.json; give an empty folder"
             ) from None
@@ -200,9 +205,11 @@ class OutputLock:
 
     def _alive(self, owner: Mapping[str, Any]) -> bool:
         if owner["host"] == socket.gethostname():
-            import psutil
-
-            return owner["pid"] != os.getpid() and psutil.pid_exists(owner["pid"])
+            try:
+                started = psutil.Process(owner["pid"]).create_time()
+            except psutil.NoSuchProcess:
+                return False
+            return owner["pid"] != os.getpid() and started < owner["time"]
         return time.time() - owner["time"] < self.stale_seconds
 
     def _keep(self) -> None:
@@ -210,7 +217,7 @@ class OutputLock:
             storage.write_atomic(self.uri, self._content())
 
 
-def build_plan(videos: Iterable[Video], config: PreprocessConfig) -> Any:
+def build_plan(videos: Iterable[Video], config: PreprocessConfig) -> Dataset:
     """The Ray Data plan of one window of videos; iterating its rows runs it.
 
     Returns:
@@ -219,7 +226,7 @@ def build_plan(videos: Iterable[Video], config: PreprocessConfig) -> Any:
     import ray.data
 
     rows = [to_row(video) for video in videos]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset: Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset = download.add_downloads(dataset, config.download, cache_uri(config))
     dataset = tracks.add_tracks(dataset, config.tracks)
     dataset = crops.add_crops(dataset, config.crops)
@@ -265,11 +272,10 @@ def configure_ray_data(config: PreprocessConfig) -> None:
     """Block size, progress and time-outs of Ray Data in this process."""
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 64 * 2**20
-    context.enable_progress_bars = os.isatty(1)
     context.execution_no_progress_timeout_s = max(1800, 3 * int(config.download.deadline_seconds))
-    context.retried_map_errors = []
 
 
 def process(
@@ -282,6 +288,7 @@ def process(
     """
     done, failed = shards.committed(config.output)
     published = set() if done or failed else published_keys(config.output)
+    takedowns = shards.read_takedowns(config.output)
     keys: list[str] = []
     seconds: Counter[str] = Counter()
     count = 0
@@ -300,7 +307,7 @@ def process(
             for commit in shards.load_commits(config.output, again)
         }
         todo = [
-            replace(video, attempts=attempts.get(video.key, 0) + 1)
+            shards.honour(replace(video, attempts=attempts.get(video.key, 0) + 1), takedowns)
             for video in window
             if video.key not in done | published
             and attempts.get(video.key, 0) < config.max_attempts
@@ -369,6 +376,7 @@ def publish(
                         key=key,
                         identity=video.identity,
                         video=video.video,
+                        sources=(video.url or video.path, video.sha256),
                         frames=commit.frames[key],
                         split=video.split,
                         embedding=track.embedding,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -94,6 +95,8 @@ class Cause(StrEnum):
     IDENTITY_FEW_FRAMES = "identity: few frames"
     IDENTITY_SPLIT_LEAK = "identity: split leak"
 
+    TAKEDOWN = "takedown: requested"
+
     NO_TRACKS = "track: none kept"
     CRASH = "stage: crash"
 
@@ -117,6 +120,7 @@ TRANSIENT = frozenset(
         Cause.DOWNLOAD_DEADLINE,
         Cause.DOWNLOAD_TRUNCATED,
         Cause.DOWNLOAD_EMPTY,
+        Cause.DOWNLOAD_OTHER,
         Cause.CRASH,
     }
 )
@@ -154,7 +158,8 @@ class Track:
     """One person's face through one span without a cut. Sizes are in displayed source pixels, times in seconds."""
 
     name: str
-    """``000``, ``001``, ... within the video: the last part of the sample's key."""
+    """``000``, ``001``, ... within the video: the last part of the sample's key. ``span-000``, ... are spans that the
+    list stage rejected: they have no frames and stay on record."""
     span: str
     """Name of the span it came from."""
     times: tuple[float, ...] = ()
@@ -259,6 +264,25 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     rest = iter(items)
     while batch := list(islice(rest, size)):
         yield batch
+
+
+STAGES = ("list", "download", "video", "timeline", "annotation", "track", "crop", "identity")
+"""Stages that causes name, in the order a video passes them."""
+
+
+def end_if_empty(video: Video) -> Video:
+    """The video as it is while a track is open, else rejected with the cause of the track that got furthest.
+
+    Among tracks that got equally far the most common cause counts; the detail says what became of all of them.
+    """
+    if any(track.state == "open" for track in video.tracks):
+        return video
+    if not video.tracks:
+        return reject(video, Cause.NO_TRACKS)
+    causes = Counter(track.cause for track in video.tracks)
+    told = "; ".join(f"{track.name} {track.cause}: {track.detail}" for track in video.tracks)
+    furthest = max(causes, key=lambda cause: (STAGES.index(Cause(cause).stage), causes[cause]))
+    return reject(video, Cause(furthest), told)
 
 
 def one_line(text: str, limit: int = 400) -> str:

@@ -16,18 +16,20 @@ import json
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.schema import (
     SCHEMA_VERSION,
+    Cause,
     Member,
     StageResources,
     Track,
@@ -36,6 +38,8 @@ from pipelines.schema import (
     batched,
     from_json,
     from_row,
+    one_line,
+    reject,
     to_json,
 )
 
@@ -45,7 +49,10 @@ if TYPE_CHECKING:
 MANIFEST = "dataset.json"
 INDEX = "index.parquet"
 LEDGER = "ledger/ledger.parquet"
+TAKEDOWNS = "takedowns.json"
 WORK = "work"
+ARRAYS = ("landmarks.npy", "matrix.npy", "scores.npy", "embedding.npy", "pupils.npy")
+"""Members of a sample between its JSON and its frames, in the order they are written."""
 TAR_BLOCK = tarfile.BLOCKSIZE
 TAR_END = b"\0" * (2 * TAR_BLOCK)
 
@@ -173,7 +180,7 @@ def commit(video: Video, members: list[Member], output: str, crop: Mapping[str, 
 
     Args:
         video: after the last stage, rejected or not.
-        members: of its open tracks, frames of a track adjacent.
+        members: of its open tracks, in any order.
         output: dataset URI.
         crop: see :func:`sample_json`.
     """
@@ -188,7 +195,8 @@ def commit(video: Video, members: list[Member], output: str, crop: Mapping[str, 
         key = video.track_key(track)
         if not video.live or track.state != "open":
             continue
-        sample = tar_sample([(f"{key}.json", sample_json(video, track, crop)), *by_key[key]])
+        ordered = sorted(by_key[key], key=_member_place)
+        sample = tar_sample([(f"{key}.json", sample_json(video, track, crop)), *ordered])
         slices[key] = (offset, len(sample))
         frames[key] = len(track.times)
         blocks.append(sample)
@@ -202,6 +210,13 @@ def commit(video: Video, members: list[Member], output: str, crop: Mapping[str, 
     extension = "failed.json" if video.state == "failed" else "json"
     storage.write_atomic(part_uri(output, video.key, extension), done.to_bytes())
     return done
+
+
+def _member_place(member: Member) -> tuple[int, str]:
+    """Arrays in the order of :data:`ARRAYS`, then frames by index and extension."""
+    name = member[0]
+    suffix = name.split(".", 1)[1]
+    return (ARRAYS.index(suffix) if suffix in ARRAYS else len(ARRAYS), name)
 
 
 def _slim(video: Video) -> Video:
@@ -397,25 +412,38 @@ def pack(plan: ShardPlan, output: str) -> dict[str, Any]:
                 for item in wanted:
                     file.write(tar[item.offset : item.offset + item.length])
             file.write(TAR_END)
-        samples = read_samples(local)
-        if [sample["key"] for sample in samples] != [item.key for item in plan.slices]:
-            raise DatasetError(
-                f"{plan.split} shard {plan.bucket}: samples read back differ from the plan"
-            )
-        with local.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        name = f"{plan.split}-{plan.bucket:05d}-{sha256[:12]}.tar"
-        storage.put_file(local, storage.join(output, "shards", name))
-        size = local.stat().st_size
-    record = {
+        keys = [item.key for item in plan.slices]
+        record = put_shard(local, plan.split, plan.bucket, keys, output)
+    storage.write_atomic(record_uri, json.dumps(record, sort_keys=True).encode())
+    return record
+
+
+def put_shard(
+    local: Path, split: str, bucket: int, keys: Sequence[str], output: str
+) -> dict[str, Any]:
+    """Read a finished local tar back and put it in its place; returns its record, see :func:`pack`.
+
+    Args:
+        local: the whole tar.
+        split: of its samples.
+        bucket: number of the shard.
+        keys: the samples it must hold, in order.
+        output: dataset URI.
+    """
+    samples = read_samples(local)
+    if [sample["key"] for sample in samples] != list(keys):
+        raise DatasetError(f"{split} shard {bucket}: samples read back differ from the plan")
+    with local.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    name = f"{split}-{bucket:05d}-{sha256[:12]}.tar"
+    storage.put_file(local, storage.join(output, "shards", name))
+    return {
         "name": name,
-        "split": plan.split,
-        "bytes": size,
+        "split": split,
+        "bytes": local.stat().st_size,
         "sha256": sha256,
         "samples": samples,
     }
-    storage.write_atomic(record_uri, json.dumps(record, sort_keys=True).encode())
-    return record
 
 
 def _read_part(output: str, key: str, sha256: str) -> bytes:
@@ -447,7 +475,8 @@ def read_samples(tar: Path) -> list[dict[str, Any]]:
         ``offsets`` and ``sizes`` of their contents in the file.
 
     Raises:
-        DatasetError: not a tar, cut off, members of a sample not adjacent, or a sample without its JSON.
+        DatasetError: not a tar, cut off, members of a sample not adjacent, or a sample without its JSON or with
+            another number of pictures than that says.
     """
     samples: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -469,12 +498,21 @@ def read_samples(tar: Path) -> list[dict[str, Any]]:
                 samples[-1]["offsets"].append(info.offset_data)
                 samples[-1]["sizes"].append(info.size)
                 end = info.offset_data + info.size + -info.size % TAR_BLOCK
-    except (tarfile.TarError, EOFError) as error:
-        raise DatasetError(f"{tar.name}: {error}") from error
+    except DatasetError:
+        raise
+    except (tarfile.TarError, EOFError, ValueError, LookupError, TypeError) as error:
+        # ValueError and after: a member's name without a dot, or a JSON that is damaged or of another shape
+        raise DatasetError(f"{tar.name}: {type(error).__name__}: {error}") from error
     with tar.open("rb") as file:
         file.seek(end)
-        if file.read() != TAR_END:
+        if file.read(len(TAR_END) + 1) != TAR_END:
             raise DatasetError(f"{tar.name}: the end of the archive is missing")
+    for sample in samples:
+        pictures = sum(name.endswith(".jpg") for name in sample["members"])
+        if pictures != sample["frames"]:
+            raise DatasetError(
+                f"{tar.name}: sample {sample['key']} has {pictures} pictures, its JSON says {sample['frames']}"
+            )
     return samples
 
 
@@ -578,20 +616,31 @@ def write_index(records: Iterable[Mapping[str, Any]], output: str) -> dict[str, 
     Returns:
         ``file``, ``bytes`` and ``sha256`` for the manifest.
     """
+    ordered = sorted(records, key=lambda record: record["name"])
+    return write_index_tables(map(index_table, ordered), output)
+
+
+def index_table(record: Mapping[str, Any]) -> pa.Table:
+    """The rows of one shard, from its record of :func:`pack`."""
+    rows = [
+        sample
+        | {
+            "split": record["split"],
+            "shard": record["name"],
+            "scores": sorted(sample["scores"].items()),
+        }
+        for sample in record["samples"]
+    ]
+    return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
+
+
+def write_index_tables(tables: Iterable[pa.Table], output: str) -> dict[str, Any]:
+    """``index.parquet`` from the rows of each shard, shards by name; see :func:`write_index`."""
     with tempfile.TemporaryDirectory(prefix="headray-index-") as folder:
         local = Path(folder) / INDEX
         with pq.ParquetWriter(local, INDEX_SCHEMA, compression="zstd") as writer:
-            for record in sorted(records, key=lambda record: record["name"]):
-                rows = [
-                    sample
-                    | {
-                        "split": record["split"],
-                        "shard": record["name"],
-                        "scores": sorted(sample["scores"].items()),
-                    }
-                    for sample in record["samples"]
-                ]
-                writer.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
+            for table in tables:
+                writer.write_table(table)
         content = local.read_bytes()
     storage.write_atomic(storage.join(output, INDEX), content)
     return {"file": INDEX, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -600,9 +649,13 @@ def write_index(records: Iterable[Mapping[str, Any]], output: str) -> dict[str, 
 def read_index(output: str) -> pa.Table:
     """The index of a published dataset, checked against the manifest. Raises :class:`DatasetError`."""
     wanted = read_manifest(output)["index"]
-    content = storage.read_bytes(storage.join(output, wanted["file"]))
+    uri = storage.join(output, wanted["file"])
+    try:
+        content = storage.read_bytes(uri)
+    except FileNotFoundError:
+        raise DatasetError(f"{uri}: missing") from None
     if hashlib.sha256(content).hexdigest() != wanted["sha256"]:
-        raise DatasetError(f"{storage.join(output, INDEX)}: sha256 differs from {MANIFEST}")
+        raise DatasetError(f"{uri}: sha256 differs from {MANIFEST}")
     return pq.read_table(io.BytesIO(content))
 
 
@@ -624,7 +677,8 @@ def ledger_rows(
         state = "published"
     elif video.live:
         state = "rejected"
-        cause = Counter(row["_cause"] for row in tracks if row["_cause"]).most_common(1)[0][0]
+        causes = Counter(row["_cause"] for row in tracks)
+        cause = causes.most_common(1)[0][0] if causes else Cause.NO_TRACKS.value
         detail = f"none of {len(tracks)} tracks published"
     own = {
         "kind": "video",
@@ -704,6 +758,31 @@ def read_ledger(output: str) -> pa.Table:
         return pq.read_table(io.BytesIO(storage.read_bytes(uri)))
     except FileNotFoundError:
         raise DatasetError(f"{uri}: no ledger; has jobs/preprocess.py finished there?") from None
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{uri}: damaged ({one_line(str(error))})") from None
+
+
+def read_takedowns(output: str) -> dict[str, dict[str, dict[str, str]]]:
+    """Who must not be in this dataset: ``identities`` by name and ``videos`` by key, each with reason and date."""
+    try:
+        content = storage.read_bytes(storage.join(output, TAKEDOWNS))
+    except FileNotFoundError:
+        return {"identities": {}, "videos": {}}
+    takedowns: dict[str, dict[str, dict[str, str]]] = json.loads(content)
+    return takedowns
+
+
+def is_taken_down(identity: str, key: str, takedowns: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a video ``key`` of this identity is covered by :func:`read_takedowns`."""
+    return identity in takedowns["identities"] or key in takedowns["videos"]
+
+
+def honour(video: Video, takedowns: Mapping[str, Mapping[str, Mapping[str, str]]]) -> Video:
+    """The video, rejected when it or its identity was taken down."""
+    if not is_taken_down(video.identity, video.key, takedowns):
+        return video
+    entry = takedowns["identities"].get(video.identity) or takedowns["videos"][video.key]
+    return reject(video, Cause.TAKEDOWN, entry["reason"])
 
 
 def write_manifest(manifest: Mapping[str, Any], output: str) -> None:
@@ -730,29 +809,79 @@ def read_manifest(output: str) -> dict[str, Any]:
     return manifest
 
 
-def verify(output: str) -> list[str]:
-    """Read all of a dataset again: every shard's size, sha256, structure and its rows in the index.
+def verify(output: str, told: Callable[[int, int], object] | None = None) -> list[str]:
+    """Read all of a dataset again: index, ledger, and every shard's sha256, structure and rows in the index.
+
+    Args:
+        output: dataset URI.
+        told: called with the number of shards read so far and of all shards.
 
     Returns:
         one line for each thing that is wrong; empty when all is well. Raises :class:`DatasetError` when there is
         nothing to verify.
     """
     manifest = read_manifest(output)
-    index = read_index(output)
-    problems = []
-    named = {shard["name"] for shard in manifest["shards"]}
-    for name in storage.names_below(storage.join(output, "shards")):
-        if name not in named:
-            problems.append(f"shards/{name}: not named by {MANIFEST}")
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for row in index.to_pylist():
-        rows.setdefault(row["shard"], []).append(row)
-    for shard in manifest["shards"]:
-        problems += _verify_shard(output, shard, rows.get(shard["name"], []))
+    listed = manifest["shards"]
+    named = {shard["name"] for shard in listed}
+    problems = [
+        f"shards/{name}: not named by {MANIFEST}"
+        for name in storage.names_below(storage.join(output, "shards"))
+        if name not in named
+    ]
+    index = ledger = None
+    try:
+        index = read_index(output)
+    except DatasetError as error:
+        problems.append(str(error))
+    try:
+        ledger = read_ledger(output)
+    except DatasetError as error:
+        problems.append(str(error))
+    if index is not None and ledger is not None:
+        problems += _verify_tables(manifest, index, ledger)
+
+    def check(shard: dict[str, Any]) -> list[str]:
+        return verify_shard(output, shard, index)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done, found in enumerate(pool.map(check, listed), start=1):
+            problems += found
+            if told:
+                told(done, len(listed))
     return problems
 
 
-def _verify_shard(output: str, shard: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+def _verify_tables(manifest: Mapping[str, Any], index: pa.Table, ledger: pa.Table) -> list[str]:
+    problems = []
+    indexed = index["key"]
+    track = pc.and_(pc.equal(ledger["kind"], "track"), pc.equal(ledger["state"], "published"))
+    published = ledger.filter(track)["key"]
+    if len(indexed) != pc.count_distinct(indexed).as_py():
+        problems.append(f"{INDEX}: a sample is listed twice")
+    for key in published.filter(pc.invert(pc.is_in(published, indexed))).slice(0, 10).to_pylist():
+        problems.append(f"{INDEX}: {key} is missing, the ledger says published")
+    for key in indexed.filter(pc.invert(pc.is_in(indexed, published))).slice(0, 10).to_pylist():
+        problems.append(f"{LEDGER}: {key} is not published there, but {INDEX} has it")
+    told = manifest["counts"]["frames"]["published"]
+    found = pc.sum(index["frames"]).as_py() or 0
+    if told != found:
+        problems.append(f"{MANIFEST}: counts {told} published frames, {INDEX} has {found}")
+    named = pa.array([shard["name"] for shard in manifest["shards"]], pa.string())
+    strange = index["shard"].filter(pc.invert(pc.is_in(index["shard"], named)))
+    problems += [
+        f"{INDEX}: shard {name} is not named by {MANIFEST}" for name in strange.unique().to_pylist()
+    ]
+    return problems
+
+
+def verify_shard(output: str, shard: Mapping[str, Any], index: pa.Table | None) -> list[str]:
+    """Read one shard again; returns a line for what is wrong with it.
+
+    Args:
+        output: dataset URI.
+        shard: its entry in the manifest.
+        index: of the dataset; None: not compared.
+    """
     name = shard["name"]
     try:
         with storage.local_file(storage.join(output, "shards", name)) as local:
@@ -767,7 +896,11 @@ def _verify_shard(output: str, shard: Mapping[str, Any], rows: list[dict[str, An
         return [f"shards/{name}: missing"]
     except DatasetError as error:
         return [f"shards/{error}"]
-    fields = ("key", "members", "offsets", "sizes")
-    found = [[sample[field] for field in fields] for sample in samples]
-    told = [[row[field] for field in fields] for row in rows]
-    return [] if found == told else [f"shards/{name}: samples differ from {INDEX}"]
+    if len(samples) != shard["samples"]:
+        return [f"shards/{name}: {len(samples)} samples, {MANIFEST} says {shard['samples']}"]
+    if index is None:
+        return []
+    fields = ["key", "members", "offsets", "sizes"]
+    rows = index.filter(pc.equal(index["shard"], name)).select(fields).to_pylist()
+    found = [{field: sample[field] for field in fields} for sample in samples]
+    return [] if found == rows else [f"shards/{name}: samples differ from {INDEX}"]

@@ -153,6 +153,9 @@ def create(uri: str, data: bytes) -> bool:
                 file.write(data)
         except FileExistsError:
             return False
+        except BaseException:
+            Path(path).unlink(missing_ok=True)
+            raise
         return True
     try:
         fs.pipe_file(path, data, mode="create")

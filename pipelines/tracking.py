@@ -6,6 +6,7 @@ working directory, or ``OUTPUT/mlflow/`` in a submitted job, whose working direc
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -107,6 +108,8 @@ def open_run(
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
 
+    for name in ("mlflow.store.db.utils", "alembic"):  # a page of migrations at the first use
+        logging.getLogger(name).setLevel(logging.WARNING)
     mlflow.set_tracking_uri(store.uri)
     found = mlflow.get_experiment_by_name(experiment)
     if found is None:

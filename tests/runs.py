@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines import shards
+from pipelines import shards, storage
 from tests.material import REPOSITORY
 
 
@@ -26,14 +26,19 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def start_job(name: str, *arguments: str, folder: Path) -> subprocess.Popen[str]:
-    """``python jobs/NAME.py ARGUMENTS`` in a process group of its own; its output goes to ``folder/NAME.log``."""
+def start_job(
+    name: str, *arguments: str, folder: Path, extra: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """``python jobs/NAME.py ARGUMENTS`` in a process group of its own; its output goes to ``folder/NAME.log``.
+
+    ``extra`` is added to its environment.
+    """
     command = [sys.executable, str(REPOSITORY / "jobs" / f"{name}.py"), *arguments]
     with (folder / f"{name}.log").open("a") as log:
         return subprocess.Popen(
             command,
             cwd=folder,
-            env=environment(folder),
+            env=environment(folder) | (extra or {}),
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
@@ -41,11 +46,17 @@ def start_job(name: str, *arguments: str, folder: Path) -> subprocess.Popen[str]
         )
 
 
-def run_job(name: str, *arguments: str, folder: Path, timeout: float = 300) -> tuple[int, str]:
+def run_job(
+    name: str,
+    *arguments: str,
+    folder: Path,
+    timeout: float = 300,
+    extra: dict[str, str] | None = None,
+) -> tuple[int, str]:
     """Run a job to its end; returns its exit code and all it printed in this run."""
     log = folder / f"{name}.log"
     before = log.stat().st_size if log.exists() else 0
-    code = start_job(name, *arguments, folder=folder).wait(timeout)
+    code = start_job(name, *arguments, folder=folder, extra=extra).wait(timeout)
     return code, log.read_bytes()[before:].decode()
 
 
@@ -59,12 +70,13 @@ def outcome(row: dict[str, Any]) -> str:
     return row["state"] if row["state"] == "published" else f"{row['stage']}: {row['cause']}"
 
 
-def fingerprint(output: Path) -> dict[str, str]:
+def fingerprint(output: Path | str) -> dict[str, str]:
     """sha256 of everything a dataset publishes that two runs must agree on: manifest, index and shards."""
-    files = [output / shards.MANIFEST, output / shards.INDEX, *(output / "shards").iterdir()]
+    uri = str(output)
+    names = [f"shards/{name}" for name in storage.names_below(storage.join(uri, "shards"))]
     return {
-        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(files)
+        name: hashlib.sha256(storage.read_bytes(storage.join(uri, name))).hexdigest()
+        for name in [shards.MANIFEST, shards.INDEX, *names]
     }
 
 

@@ -1,0 +1,46 @@
+# Needs Python 3.11 with pip and venv, and make. Everything is installed into .venv; nothing needs root.
+# Another interpreter: make PYTHON=python3.12 test
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+# A test run is its own: no cluster, tracking server or leftover token of this machine takes part. Ray's sessions go to a
+# folder that is removed afterwards; its path is short because sockets lie below it.
+PYTEST = sessions=$$(mktemp -d /tmp/headray.XXXX) && trap 'rm -rf "$$sessions"' EXIT && \
+	env -u RAY_ADDRESS -u MLFLOW_TRACKING_URI RAY_TMPDIR=$$sessions RAY_AUTH_MODE=disabled \
+	RAY_USAGE_STATS_ENABLED=0 RAY_TRAIN_ENABLE_PRINT_PATCH=0 RAY_DATA_DISABLE_PROGRESS_BARS=1 \
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest
+
+.PHONY: help demo test fast lint format
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED)  ## the whole path on real pictures, in minutes, without GPU or internet
+	$(BIN)/python jobs/demo.py
+
+test: lint  ## lint, then every test this machine can run; says how many it cannot
+	$(PYTEST) -m 'not gpu and not soak'
+
+fast: $(INSTALLED)  ## the tests that start nothing and need no files from elsewhere
+	$(PYTEST) -m 'not slow and not real and not browser and not postgres and not gpu and not soak'
+
+lint: $(INSTALLED)  ## ruff, mypy, and who may import whom
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## rewrite the code as lint wants it
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo 'error: $(PYTHON) not found; install Python 3.11 or name another: make PYTHON=python3.12'; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing into $(VENV): 8 GB, some minutes, once'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@

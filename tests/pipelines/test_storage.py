@@ -1,0 +1,165 @@
+"""Files by URI: whole or not at all, on a disk, in fsspec's memory, and in S3 (moto's server)."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipelines import storage
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An S3 bucket of this module."""
+    import boto3
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    keep = dict(os.environ)
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }
+    boto3.client("s3").create_bucket(Bucket="headray")
+    yield "s3://headray"
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    server.stop()
+    os.environ.clear()
+    os.environ.update(keep)
+
+
+@pytest.fixture(params=["disk", "memory", pytest.param("s3", marks=pytest.mark.slow)])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder of each kind that does not exist yet."""
+    if request.param == "disk":
+        return str(tmp_path / "out")
+    if request.param == "memory":
+        return f"memory://{uuid.uuid4().hex}"
+    return f"{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}"
+
+
+def test_what_is_written_is_read(root: str, tmp_path: Path) -> None:
+    uri = storage.join(root, "a", "b.bin")
+    assert not storage.exists(uri)
+    assert storage.names_below(root) == []
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(uri)
+    with pytest.raises(FileNotFoundError):
+        storage.size(uri)
+    content = bytes(range(256)) * 4
+    storage.write_atomic(uri, b"old")
+    storage.write_atomic(uri, content)
+    source = tmp_path / "source.bin"
+    source.write_bytes(content[::-1])
+    storage.put_file(source, storage.join(root, "c.bin"))
+    assert storage.names_below(root) == ["a/b.bin", "c.bin"]
+    assert storage.size(uri) == len(content)
+    assert storage.read_bytes(uri) == content
+    assert storage.read_bytes(uri, 10, 20) == content[10:20]
+    with storage.local_file(storage.join(root, "c.bin")) as local:
+        assert local.read_bytes() == content[::-1]
+    assert source.exists()
+    storage.remove(storage.join(root, "a"))
+    storage.remove(storage.join(root, "a"))
+    assert storage.names_below(root) == ["c.bin"]
+
+
+def test_create_has_one_winner(root: str) -> None:
+    uri = storage.join(root, "lock.json")
+    start = threading.Barrier(6)
+
+    def race(number: int) -> bool:
+        start.wait()
+        return storage.create(uri, b"%d" % number)
+
+    with ThreadPoolExecutor(6) as pool:
+        won = list(pool.map(race, range(6)))
+    assert sum(won) == 1
+    assert storage.read_bytes(uri) == b"%d" % won.index(True)
+    storage.remove(uri)
+    assert storage.create(uri, b"again")
+
+
+@pytest.mark.parametrize(
+    "put", [storage.put_file, lambda source, uri: storage.write_atomic(uri, source.read_bytes())]
+)
+def test_a_failed_write_leaves_nothing(tmp_path: Path, put: Callable[[Path, str], None]) -> None:
+    target = tmp_path / "target"
+    (target / "inside").mkdir(parents=True)  # a file cannot take a folder's place: the rename fails
+    source = tmp_path / "source"
+    source.write_bytes(b"new")
+    with pytest.raises(OSError, match="directory"):
+        put(source, str(target))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["inside", "source", "target"]
+
+
+def test_an_interrupted_write_keeps_the_old_content(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+
+    def stop_half_way() -> None:
+        with storage.local_aside(target) as aside:
+            aside.write_bytes(b"half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop_half_way()
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_readers_see_old_or_new_but_no_mixture(tmp_path: Path) -> None:
+    uri = str(tmp_path / "file")
+    versions = [bytes([value]) * 300_000 for value in range(40)]
+    storage.write_atomic(uri, versions[0])
+    done = threading.Event()
+    seen: list[bytes] = []
+
+    def read() -> None:
+        while not done.is_set():
+            seen.append(storage.read_bytes(uri))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for content in versions:
+        storage.write_atomic(uri, content)
+    done.set()
+    reader.join()
+    assert seen
+    assert all(content in versions for content in seen)
+    assert storage.names_below(str(tmp_path)) == ["file"]
+
+
+def test_remove_temporary_takes_only_what_a_killed_run_left(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    left = tmp_path / "deep" / f"{storage.TEMPORARY}0123"
+    left.write_bytes(b"half")
+    kept = tmp_path / "deep" / "kept.tmp"
+    kept.write_bytes(b"whole")
+    assert storage.remove_temporary(str(tmp_path)) == 1
+    assert not left.exists()
+    assert kept.exists()
+
+
+def test_join_puts_one_slash() -> None:
+    assert storage.join("s3://bucket/x/", "/y/", "z") == "s3://bucket/x/y/z"
+    assert storage.join("/data", "y") == "/data/y"
+
+
+def test_absolute_changes_local_paths_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("data/../out") == str(tmp_path / "out")
+    assert storage.absolute("memory://bucket/x") == "memory://bucket/x"
+    with pytest.raises(ValueError, match="nonsense"):
+        storage.filesystem("nonsense://x")

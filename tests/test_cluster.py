@@ -1,0 +1,80 @@
+"""ray_cluster.yaml, as far as it can be proved without an account: Ray's own validator, and what must be true in it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from tests.material import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def cluster() -> dict[str, Any]:
+    """The configuration with Ray's defaults filled in, past its validator."""
+    config = yaml.safe_load((REPOSITORY / "ray_cluster.yaml").read_text())
+    prepared: dict[str, Any] = prepare_config(config)
+    validate_config(prepared)
+    return prepared
+
+
+def start_commands(cluster: dict[str, Any]) -> list[str]:
+    """The lines that start Ray, head first."""
+    lines = cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]
+    return [line for line in lines if line.startswith("ray start")]
+
+
+def test_nothing_runs_or_costs_while_nobody_asks(cluster: dict[str, Any]) -> None:
+    workers = {
+        name: kind
+        for name, kind in cluster["available_node_types"].items()
+        if name != cluster["head_node_type"]
+    }
+    assert set(workers) == {"cpu", "gpu"}
+    assert all(kind["min_workers"] == 0 for kind in workers.values())
+    assert max(kind["max_workers"] for kind in workers.values()) <= cluster["max_workers"]
+    assert cluster["available_node_types"]["head"]["resources"] == {"CPU": 0}
+    assert 0 < cluster["idle_timeout_minutes"] <= 15
+    assert workers["cpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert workers["gpu"]["resources"]["GPU"] >= 1
+
+
+def test_only_who_has_the_token_gets_in(cluster: dict[str, Any]) -> None:
+    options = " ".join(cluster["docker"]["run_options"])
+    token = re.search(r"RAY_AUTH_TOKEN_PATH=(\S+)", options)
+    assert token
+    assert "RAY_AUTH_MODE=token" in options
+    assert token[1] in cluster["file_mounts"]
+    assert "RAY_AUTH_MODE" not in " ".join(start_commands(cluster))
+
+
+def test_nothing_is_open_to_the_internet(cluster: dict[str, Any]) -> None:
+    head, worker = start_commands(cluster)
+    assert "--dashboard-host=127.0.0.1" in head
+    assert "dashboard" not in worker
+    assert "security_group" not in cluster["provider"]  # Ray's own group opens SSH to the world
+    for kind in cluster["available_node_types"].values():
+        assert kind["node_config"]["SecurityGroupIds"]
+        assert kind["node_config"]["MetadataOptions"] == {"HttpTokens": "required"}
+
+
+def test_machines_get_the_tested_versions(cluster: dict[str, Any]) -> None:
+    pins = dict(
+        line.split("==")
+        for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    )
+    kinds = cluster["available_node_types"].values()
+    images = [cluster["docker"]["image"]]
+    images += [kind["docker"]["worker_image"] for kind in kinds if "docker" in kind]
+    assert len(images) == 2
+    for image in images:
+        assert image.startswith(f"rayproject/ray:{pins['ray']}-py311-")
+    for commands in (cluster["head_setup_commands"], cluster["worker_setup_commands"]):
+        assert "--constraint constraints.txt" in commands[-1]
+    sources = [path for path in cluster["file_mounts"].values() if not path.startswith("~")]
+    assert sources == ["pyproject.toml", "constraints.txt"]
+    assert all((REPOSITORY / path).is_file() for path in sources)

@@ -1,0 +1,177 @@
+"""The main job on real people: ../shared/lists/voxceleb2 with ../shared/videos behind a loopback server."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.demo import serve
+from pipelines.schema import npy_array
+from tests.material import SHARED, needs_shared
+from tests.runs import ledger, outcome, run_job
+
+pytestmark = [pytest.mark.real, pytest.mark.slow, needs_shared]
+
+LIST = SHARED / "lists" / "voxceleb2"
+KEPT = (
+    "m003_a",
+    "m003_b",
+    "w036_a",
+    "kitchen_a",
+    "kitchen_b",
+    "phone_a",
+    "franck_a",
+    "franck_b",
+    "shotcut",
+)
+REJECTED = {
+    "noface": ("track: no face", "track: annotation mismatch"),
+    "lowres_a": ("crop: outside frame",),
+    "twofaces": ("crop: small window",),
+    "aoc_a": ("crop: outside frame",),
+}
+
+
+@pytest.fixture(scope="module")
+def clips() -> dict[str, str]:
+    """Clip name → key of the video in the list."""
+    with (LIST / "videos.csv").open() as file:
+        return {
+            row["file"].removesuffix(".mp4"): f"{row['identity']}-{row['video']}"
+            for row in csv.DictReader(file)
+        }
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Serves each clip under its made-up video id."""
+    folder = tmp_path_factory.mktemp("site")
+    with (LIST / "videos.csv").open() as file:
+        for row in csv.DictReader(file):
+            (folder / f"{row['video']}.mp4").symlink_to(SHARED / "videos" / row["file"])
+    with serve(folder) as url:
+        yield url
+
+
+def preprocess(site: str, folder: Path, *flags: str) -> Path:
+    """Run the job; returns the dataset."""
+    output = folder / "dataset"
+    code, text = run_job(
+        "preprocess",
+        f"--input={LIST}",
+        f"--output={output}",
+        f"--download.url-template={site}/{{video}}.mp4",
+        *flags,
+        folder=folder,
+    )
+    assert code == 0, text
+    return output
+
+
+@pytest.fixture(scope="module")
+def dataset(site: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The list under the default preset."""
+    return preprocess(site, tmp_path_factory.mktemp("laptop"))
+
+
+def samples(output: Path) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
+    """(KEY.json, members by suffix) of every sample, read with the standard library."""
+    for shard in sorted((output / "shards").glob("*.tar")):
+        content: dict[str, dict[str, bytes]] = {}
+        with tarfile.open(shard) as archive:
+            for info in archive:
+                key, suffix = info.name.split(".", 1)
+                file = archive.extractfile(info)
+                assert file is not None
+                content.setdefault(key, {})[suffix] = file.read()
+        for members in content.values():
+            yield json.loads(members["json"]), members
+
+
+def test_every_clip_ends_as_the_design_says(dataset: Path, clips: dict[str, str]) -> None:
+    rows = ledger(dataset)
+    found = {clip: outcome(rows[key]) for clip, key in clips.items()}
+    assert {clip: found[clip] for clip in KEPT} == dict.fromkeys(KEPT, "published")
+    for clip, causes in REJECTED.items():
+        assert found[clip] in causes, (clip, rows[clips[clip]])
+    assert found["aoc_b"] in ("published", "crop: outside frame")
+    assert set(found) == {*KEPT, *REJECTED, "aoc_b"}
+
+
+def test_samples_are_whole(dataset: Path) -> None:
+    """Pictures, landmarks, matrices, scores and embeddings of a sample agree in number, size and meaning."""
+    import cv2
+
+    count = 0
+    for record, members in samples(dataset):
+        frames = [name for name in members if name.endswith(".jpg")]
+        assert frames == [f"{index:06d}.jpg" for index in record["indices"]]
+        number = len(frames)
+        landmarks = npy_array(members["landmarks.npy"])
+        matrices = npy_array(members["matrix.npy"])
+        assert landmarks.shape == (number, 68, 2)
+        assert landmarks.dtype == np.float32
+        assert matrices.shape == (number, 2, 3)
+        assert npy_array(members["embedding.npy"]).shape[0] == number
+        assert npy_array(members["scores.npy"]).shape[0] == number
+        picture = cv2.imdecode(np.frombuffer(members[frames[0]], np.uint8), cv2.IMREAD_COLOR)
+        assert picture.shape == (512, 512, 3)
+        # The eye line is level, near the middle and at 37 % of the height: spec-head-swap §4.3.
+        eyes = np.stack([landmarks[:, 36:42].mean(1), landmarks[:, 42:48].mean(1)], 1)
+        assert np.abs(eyes[:, 0, 1] - eyes[:, 1, 1]).max() < 0.5
+        assert np.abs(eyes.mean(1)[:, 1] / 512 - 0.37).max() < 0.06
+        # Boxes are in frame pixels, so the matrix must carry them onto the face in the window.
+        for box, matrix, points in zip(record["boxes"], matrices, landmarks, strict=True):
+            centre = matrix @ [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2, 1]
+            assert np.linalg.norm(centre - points.mean(0)) < 0.12 * 512
+        assert np.all(np.diff(record["times"]) > 0.1)
+        count += number
+    assert count > 200
+
+
+def test_official_split_and_identities(dataset: Path, clips: dict[str, str]) -> None:
+    """w036 and phone are the list's test identities; one identity is never in two splits."""
+    rows = ledger(dataset)
+    assert {rows[clips[clip]]["split"] for clip in ("w036_a", "phone_a")} == {"test"}
+    assert {rows[clips[clip]]["split"] for clip in ("m003_a", "kitchen_b", "franck_a")} == {"train"}
+
+
+def test_no_track_crosses_the_cut(site: str, clips: dict[str, str], tmp_path: Path) -> None:
+    """With every gate of size and place lowered, no track of shotcut runs over its cut."""
+    output = preprocess(
+        site,
+        tmp_path,
+        "--crops.min-window=1",
+        "--crops.min-inside=0.01",
+        "--tracks.min-frames=2",
+        "--crops.min-frames=2",
+    )
+    cut = cut_time(SHARED / "videos" / "shotcut.mp4")
+    tracks = [
+        row
+        for row in ledger(output).values()
+        if row["kind"] == "track" and row["key"].startswith(clips["shotcut"]) and row["end"]
+    ]
+    assert tracks
+    assert all(row["end"] < cut or row["start"] >= cut for row in tracks), (cut, tracks)
+
+
+def cut_time(path: Path) -> float:
+    """The largest jump between neighbouring pictures of a clip, seconds: independent of our detector."""
+    import av
+
+    times, pictures = [], []
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            times.append(frame.time)
+            pictures.append(frame.reformat(64, 36, "gray").to_ndarray().astype(float))
+    jumps = [np.abs(after - before).mean() for before, after in itertools.pairwise(pictures)]
+    return float(times[int(np.argmax(jumps)) + 1] - times[0])

@@ -1,0 +1,197 @@
+"""Kill the job anywhere and run it again: the bytes are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs import demo
+from tests.runs import fingerprint, run_job, start_job
+
+pytestmark = pytest.mark.slow
+
+CLIPS = tuple(
+    replace(clip, seconds=2.4)
+    for clip in demo.CORPUS
+    if clip.video in ("astronautA1", "astronautA2", "mirroredB_2", "truncated_1")
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three good videos and a broken one, with their list."""
+    folder = tmp_path_factory.mktemp("corpus")
+    demo.make_corpus(folder, CLIPS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(corpus: Path) -> Iterator[str]:
+    """Where the videos are served."""
+    with demo.serve(corpus / "videos") as address:
+        yield address
+
+
+def arguments(corpus: Path, url: str, output: Path) -> list[str]:
+    """Of the job: the same every time."""
+    return [
+        f"--input={corpus / 'list'}",
+        f"--output={output}",
+        f"--download.url-template={url}/{{video}}.mp4",
+        "--max-attempts=1",
+        "--crops.min-frames=5",
+        "--tracks.min-frames=5",
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    corpus: Path, url: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, str], float]:
+    """Fingerprint of the dataset of a run that nobody touched, and its duration in seconds."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    started = time.monotonic()
+    code, text = run_job("preprocess", *arguments(corpus, url, folder / "out"), folder=folder)
+    assert code == 0, text
+    return fingerprint(folder / "out"), time.monotonic() - started
+
+
+def victims(driver: psutil.Process, who: str) -> list[psutil.Process]:
+    """Processes of a run that can be killed: the ``driver``, busy ``actor`` processes, or any Ray ``worker``."""
+    if who == "driver":
+        return [driver]
+    found = []
+    for process in driver.children(recursive=True):
+        try:
+            title = process.cmdline()[0]
+        except (psutil.Error, IndexError):
+            continue
+        if title.startswith("ray::MapWorker" if who == "actor" else "ray::"):
+            found.append(process)
+    return found
+
+
+def kill_at(job: subprocess.Popen[str], who: str, seconds: float, draw: random.Random) -> bool:
+    """``kill -9`` one of the victims that many seconds after the start; False when the job was done before."""
+    try:
+        job.wait(seconds)
+        return False
+    except subprocess.TimeoutExpired:
+        pass
+    driver = psutil.Process(job.pid)
+    while job.poll() is None:
+        targets = victims(driver, who)
+        if targets:
+            os.kill(draw.choice(targets).pid, signal.SIGKILL)
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def disturb(corpus: Path, url: str, folder: Path, who: str, seconds: float, seed: int) -> int:
+    """One disturbed run, then runs until it is done; returns how many runs it took."""
+    draw = random.Random(seed)
+    job = start_job("preprocess", *arguments(corpus, url, folder / "out"), folder=folder)
+    kill_at(job, who, seconds, draw)
+    code, runs = job.wait(300), 1
+    while code != 0:
+        assert runs < 4, (folder / "preprocess.log").read_text()
+        code, _ = run_job("preprocess", *arguments(corpus, url, folder / "out"), folder=folder)
+        runs += 1
+    return runs
+
+
+@pytest.mark.parametrize("who", ["driver", "actor", "worker"])
+def test_killed_and_rerun_gives_the_same_bytes(
+    who: str, corpus: Path, url: str, undisturbed: tuple[dict[str, str], float], tmp_path: Path
+) -> None:
+    wanted, duration = undisturbed
+    seconds = random.Random(who).uniform(0.3, 0.9) * duration
+    disturb(corpus, url, tmp_path, who, seconds, seed=0)
+    assert fingerprint(tmp_path / "out") == wanted
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_killed_twenty_times(
+    corpus: Path, url: str, undisturbed: tuple[dict[str, str], float], tmp_path: Path
+) -> None:
+    wanted, duration = undisturbed
+    draw = random.Random(20)
+    for number in range(20):
+        who = draw.choice(["driver", "actor", "worker"])
+        seconds = draw.uniform(0.05, 1.0) * duration
+        folder = tmp_path / f"{number:02d}"
+        folder.mkdir()
+        runs = disturb(corpus, url, folder, who, seconds, seed=number)
+        print(f"kill {number}: {who} at {seconds:.1f} s, {runs} runs")  # noqa: T201
+        assert fingerprint(folder / "out") == wanted
+        shutil.rmtree(folder)
+
+
+def test_rerun_of_a_finished_dataset_does_nothing(corpus: Path, url: str, tmp_path: Path) -> None:
+    """The same command on a published dataset ends with 0 and downloads nothing; another configuration ends with 2."""
+    flags = arguments(corpus, url, tmp_path / "out")
+    assert run_job("preprocess", *flags, folder=tmp_path)[0] == 0
+    before = fingerprint(tmp_path / "out")
+    code, text = run_job("preprocess", *flags, folder=tmp_path)
+    assert code == 0, text
+    assert fingerprint(tmp_path / "out") == before
+    code, text = run_job("preprocess", *flags, "--crops.min-window=300", folder=tmp_path)
+    assert code == 2
+    assert "crops.min_window was 384" in " ".join(text.split())
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, str]]]:
+    """An empty bucket of a real S3-speaking server on loopback, and the environment that reaches it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    reach = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in reach.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="headray")
+    yield "s3://headray/data/out", reach
+    server.stop()
+
+
+def test_object_store_gets_the_same_bytes(
+    corpus: Path,
+    url: str,
+    undisturbed: tuple[dict[str, str], float],
+    bucket: tuple[str, dict[str, str]],
+    tmp_path: Path,
+) -> None:
+    """Published to s3://, killed on the way once: the same manifest, index and shards as on a local disk."""
+    output, reach = bucket
+    flags = [
+        flag.replace(str(Path("OUTPUT")), output) for flag in arguments(corpus, url, Path("OUTPUT"))
+    ]
+    wanted, duration = undisturbed
+    job = start_job("preprocess", *flags, folder=tmp_path, extra=reach)
+    kill_at(job, "driver", 0.7 * duration, random.Random(0))
+    job.wait(300)
+    code, text = run_job("preprocess", *flags, folder=tmp_path, extra=reach)
+    assert code == 0, text
+    assert fingerprint(output) == wanted
+    code, text = run_job("dataset", "verify", f"--dataset={output}", folder=tmp_path, extra=reach)
+    assert code == 0, text
