@@ -119,7 +119,7 @@ def table(title: str, columns: dict[str, str], rows: list[list[Any]]) -> None:
     """Print a table; ``columns`` are names and their alignment."""
     drawn = Table(title=title, title_justify="left")
     for name, justify in columns.items():
-        drawn.add_column(name, justify="right" if justify == "right" else "left")
+        drawn.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(plain(f"{cell:,}" if isinstance(cell, int) else cell) for cell in row))
     runtime.console.print(drawn)
@@ -306,6 +306,10 @@ def take_down(output: str, config: Takedown) -> None:
     say("outside the dataset. Downloaded files there are named by these sha256:")
     for sha256 in receipt.sha256:
         say(f"  {sha256}")
+    for line in receipt.left:
+        say(plain(f"left     {line}"))
+    if receipt.left:
+        raise SystemExit(runtime.NOTHING)
 
 
 if __name__ == "__main__":

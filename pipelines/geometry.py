@@ -142,7 +142,7 @@ def wider_boxes(boxes: ArrayLike) -> Floats:
 
 
 def lpd_window(box: ArrayLike, size: int, crop_scale: float = 1.0) -> Floats:
-    """The upright window of latent pose reenactment around one tight box (4,) of the frame."""
+    """The upright window of latent pose reenactment around one tight box (4,): as steady as the detector's boxes."""
     wider = wider_boxes(box)
     side = LPD_SIDE * float(box_sizes(wider).max())
     return square_matrix(box_centres(wider), side * crop_scale, 0.0, size)

@@ -19,7 +19,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.schema import Cause, Span, Track, Video, one_line, reject
+from pipelines.schema import ID_PATTERN, Cause, Span, Track, Video, end_if_empty, one_line, reject
 
 ANNOTATION_FPS = 25.0
 """VoxCeleb's annotators worked on copies resampled to 25 frames a second: FRAME k is at k / 25 s."""
@@ -30,7 +30,7 @@ MAX_SIDES = 2.0
 SPLITS = {"dev": "train", "train": "train", "val": "val", "valid": "val", "test": "test", "": ""}
 """Words of the lists → names of our splits."""
 
-SAFE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+SAFE = re.compile(ID_PATTERN)
 """Identities and video ids become file names and keys: nothing else may pass."""
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 NOT_FINITE = re.compile(r"[-+]?(nan|inf|infinity)", re.IGNORECASE)
@@ -105,11 +105,9 @@ def finish(video: Video, spans: list[Span], rejected: list[Track], where: str) -
     )
     for name in (video.identity, video.video):
         if not SAFE.fullmatch(name) and (name or spans):
-            detail = f"{where}: {ascii(name)[:80]}: use 1 to 64 letters, digits, '-' and '_'"
+            detail = f"{where}: {ascii(name)[:80]}: use 1 to 40 letters, digits, '-' and '_'"
             return reject(replace(named, url=""), Cause.LIST_UNSAFE, detail)
-    if not spans:
-        return reject(named, Cause(rejected[0].cause), rejected[0].detail)
-    return named
+    return named if spans else end_if_empty(named)
 
 
 def unique_keys(videos: Iterator[Video]) -> Iterator[Video]:

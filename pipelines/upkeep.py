@@ -47,6 +47,8 @@ class Receipt:
     sha256: list[str]
     """Of the downloaded files, for finding copies elsewhere."""
     dataset_version: int
+    left: list[str]
+    """What went wrong with the new report; the takedown itself is complete."""
 
 
 # --- repair ---------------------------------------------------------------------------------------------------
@@ -184,6 +186,7 @@ def take_down(
         preprocess.ConfigError: another job is writing there.
     """
     manifest = shards.read_manifest(output)
+    left: list[str] = []
     with OutputLock(output):
         takedowns = _recorded(output, identities, videos, reason)
         ledger = shards.read_ledger(output)
@@ -192,51 +195,77 @@ def take_down(
         ).to_pylist()
         index = _any_index(output, manifest)
         gone = _covered(index, takedowns)
-        affected = set(index.filter(gone)["shard"].unique().to_pylist())
-        # From here on nothing may bring them back, whatever happens to this process.
+        # New shards first: if an old one turns out to be damaged, its parts must still be there to repair it.
+        thinned = _thin(output, manifest, index, gone)
         _clean_work(output, marked, takedowns)
         content = json.dumps(takedowns, sort_keys=True, indent=1).encode()
         storage.write_atomic(storage.join(output, shards.TAKEDOWNS), content)
+        # From here on nothing brings them back, whatever happens to this process.
         storage.remove(storage.join(output, report.PAGE))
-        kept = index.filter(pc.invert(gone))
-        replaced = {}
-        tables = {}
-        listing = []
-        for shard in manifest["shards"]:
-            rows = kept.filter(pc.equal(kept["shard"], shard["name"]))
-            entry: dict[str, Any] | None = shard
-            if shard["name"] in affected:
-                record = _without(output, shard, rows) if rows.num_rows else None
-                replaced[shard["name"]] = record["name"] if record else ""
-                entry = {**record, "samples": len(record["samples"])} if record else None
-                rows = shards.index_table(record) if record else rows
-            if entry:
-                tables[entry["name"]] = rows
-                listing.append(entry)
         tally = Tally()
         shards.write_ledger((tally.see(row) for row in _marked_rows(ledger, takedowns)), output)
-        listing.sort(key=lambda shard: shard["name"])
+        tables = (thinned.tables[entry["name"]] for entry in thinned.listing)
         manifest |= {
-            "dataset_version": manifest["dataset_version"] + bool(affected),
+            "dataset_version": manifest["dataset_version"] + bool(thinned.replaced),
             "counts": tally.counts(),
             "splits": tally.splits(),
-            "shards": listing,
-            "index": shards.write_index_tables((tables[name] for name in sorted(tables)), output),
+            "shards": thinned.listing,
+            "index": shards.write_index_tables(tables, output),
         }
         shards.write_manifest(manifest, output)
         for name in storage.names_below(storage.join(output, "shards")):
-            if name not in tables:
+            if name not in thinned.tables:
                 storage.remove(storage.join(output, "shards", name))
-        report.rebuild(output)
+        try:
+            report.rebuild(output)
+        except DatasetError as error:  # a shard that had nothing to do with this
+            left.append(str(error))
     _tidy(output)
     return Receipt(
         videos=[f"{row['identity']}-{row['video']}" for row in marked],
-        samples=index.num_rows - kept.num_rows,
+        samples=index.filter(gone).num_rows,
         frames=pc.sum(index.filter(gone)["frames"]).as_py() or 0,
-        shards=replaced,
+        shards=thinned.replaced,
         sha256=sorted({row["video_sha256"] for row in marked if row["video_sha256"]}),
         dataset_version=manifest["dataset_version"],
+        left=left,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Thinned:
+    """Shards without those who go."""
+
+    listing: list[dict[str, Any]]
+    """As the manifest lists them, by name."""
+    tables: dict[str, pa.Table]
+    """Their rows in the index, by name."""
+    replaced: dict[str, str]
+    """See :class:`Receipt`."""
+
+
+def _thin(
+    output: str, manifest: Mapping[str, Any], index: pa.Table, gone: pa.ChunkedArray
+) -> _Thinned:
+    """Write the shards that take the place of those with a row in ``gone``; the old ones stay where they are."""
+    affected = set(index.filter(gone)["shard"].unique().to_pylist())
+    kept = index.filter(pc.invert(gone))
+    listing, tables, replaced = [], {}, {}
+    for shard in manifest["shards"]:
+        rows = kept.filter(pc.equal(kept["shard"], shard["name"]))
+        entry = dict(shard)
+        if shard["name"] in affected:
+            if not rows.num_rows:
+                replaced[shard["name"]] = ""
+                continue
+            record = _without(output, shard, rows)
+            rows = shards.index_table(record)
+            entry = {**record, "samples": len(record["samples"])}
+            replaced[shard["name"]] = entry["name"]
+        listing.append(entry)
+        tables[entry["name"]] = rows
+    listing.sort(key=lambda entry: entry["name"])
+    return _Thinned(listing=listing, tables=tables, replaced=replaced)
 
 
 def _recorded(

@@ -465,7 +465,7 @@ def read_utterance(
 ) -> Span:
     """:func:`parse_utterance` of a file of a tree; ``content`` is a word if it could not be read."""
     if not SAFE.fullmatch(file.name):
-        detail = f"{file.path}: name it with 1 to 64 letters, digits, '-' and '_'"
+        detail = f"{file.path}: name it with 1 to 40 letters, digits, '-' and '_'"
         raise SpanError(Cause.LIST_UNSAFE, detail)
     if isinstance(content, str):
         raise SpanError(Cause.LIST_MALFORMED, f"{file.path}: {content}")

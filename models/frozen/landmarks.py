@@ -27,7 +27,7 @@ WEIGHTS: dict[LandmarkerName, tuple[str, ...]] = {"dlib": ("dlib_landmarks",), "
 
 DLIB_FACE = 300
 """dlib answers in whole pixels: faces whose box is smaller are enlarged to this first. On a clip of 115 px boxes the
-jitter of still points falls by a third; larger faces gain nothing."""
+jitter falls by a quarter; larger faces gain nothing."""
 DLIB_MARGIN = 0.5
 """Of the enlarged region around the box, in box sides: the predictor reads pixels outside the box, too."""
 

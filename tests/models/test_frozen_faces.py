@@ -99,7 +99,19 @@ def test_what_cannot_be_built_is_refused():
         load_landmarker("dlib", random_init=True)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads that wait for each other make torch crawl on a machine that is busy with other tests."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_s3fd_runs_with_its_real_network_and_random_weights(portrait):
     faces = load_detector("sfd", min_face=40, random_init=True).detect(portrait[60:200, 150:300])
     assert faces.dtype == np.float32
@@ -173,7 +185,7 @@ def test_the_square_for_fan_is_the_one_face_alignment_takes():
 
 
 @pytest.fixture(scope="module")
-def fan():
+def fan(one_thread):  # noqa: ARG001
     return load_landmarker("fan", random_init=True)
 
 

@@ -155,8 +155,8 @@ def test_without_a_clear_majority_the_track_goes_and_the_others_stay():
 def test_a_video_without_a_track_left_is_rejected():
     video, members = painted_video([RED] * 14 + [BLUE] * 10)
     out, kept = embed(video, members, Painted(), CONFIG)
-    assert (out.state, out.cause) == ("rejected", Cause.NO_TRACKS)
-    assert "identity: drift" in out.detail
+    assert (out.state, out.cause) == ("rejected", Cause.IDENTITY_DRIFT)
+    assert "14 of 24 frames" in out.detail
     assert kept == []
 
 

@@ -54,7 +54,7 @@ def test_cut_to_a_closer_view() -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_flash_is_no_cut(length: int) -> None:
-    thumbs = scene(1, 60)
+    thumbs = scene(1, 60, shake=0.3)
     for i in range(30, 30 + length):
         thumbs[i] = np.clip(thumbs[i].astype(int) + 120, 0, 255).astype(np.uint8)
     assert find(thumbs) == []

@@ -79,8 +79,8 @@ def test_relation_is_found_and_a_neighbour_is_not() -> None:
     annotated = np.hstack([corners, corners + 200])
     true = Relation(right=0.02, down=0.08, width=0.6, height=0.65)
     shaken = true.expect(annotated) + draw.normal(0, 2, (40, 4))
-    neighbour = shaken + [180, 0, 180, 0]
-    tiny = annotated * 0 + [0, 0, 5, 5]
+    neighbour = shaken + np.array([180, 0, 180, 0])
+    tiny = np.tile([0.0, 0, 5, 5], (40, 1))
     faces = [np.stack(three) for three in zip(neighbour, tiny, shaken, strict=True)]
     found = relate(annotated, faces)
     assert [found.right, found.down, found.width, found.height] == pytest.approx(
