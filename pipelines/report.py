@@ -7,9 +7,8 @@ is capped says so: the page of a million videos is as long as that of a hundred.
 from __future__ import annotations
 
 import base64
-import heapq
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,14 @@ MAX_CHARACTERS = 200
 """Of one text from a list or a tool."""
 BINS = 30
 
+# fmt: off
+COLUMNS = [
+    "kind", "key", "identity", "split", "state", "stage", "cause", "detail", "frames", "dropped", "scores", "start",
+    "end", "seconds", "versions",
+]
+# fmt: on
+"""Of the ledger; its long texts are read on their own."""
+
 GATES = (
     ("window_side", "Window side", "source pixels, median of a track", "crops.min_window"),
     ("inside", "Share of the window inside the frame", "median of a track", "crops.min_inside"),
@@ -65,7 +72,7 @@ def write(output: str, manifest: Mapping[str, Any], records: Sequence[Mapping[st
         manifest: as ``dataset.json`` will hold it.
         records: of :func:`pipelines.shards.pack`, whose shards are written; empty when nothing is published.
     """
-    ledger = shards.read_ledger(output)
+    ledger = shards.read_ledger(output, COLUMNS)
     chosen = choose(ledger)
     samples = [
         {**sample, "shard": record["name"], "split": record["split"]}
@@ -83,7 +90,7 @@ def rebuild(output: str) -> None:
         shards.DatasetError: it is not a dataset, or one of these or a shard is missing or damaged.
     """
     manifest = shards.read_manifest(output)
-    ledger = shards.read_ledger(output)
+    ledger = shards.read_ledger(output, COLUMNS)
     index = shards.read_index(output)
     chosen = choose(ledger)
     wanted = pa.array(sorted(chosen), pa.string())
@@ -112,7 +119,7 @@ def _write_page(
         causes=cause_tables(manifest["counts"]["causes"], ledger),
         histograms=histograms(ledger, manifest["config"]),
         sheets=sheets,
-        time_maps=time_maps(ledger),
+        time_maps=time_maps(output),
         rejected=rejected_tracks(ledger),
         stages=stage_seconds(ledger),
         versions=[_short(text) for text in _column(ledger, "versions").unique().to_pylist()[:5]],
@@ -259,29 +266,30 @@ def cause_tables(
     return tables
 
 
-def time_maps(ledger: pa.Table) -> dict[str, Any]:
+def time_maps(output: str) -> dict[str, Any]:
     """The most doubtful time maps: videos with the lowest median overlap of annotation and detection first.
 
     Returns:
         ``rows`` (key, state, cause, ``shift``, ``overlays``) and ``total``, the number of all maps.
     """
-    videos = ledger.filter(
-        pc.and_(pc.equal(ledger["kind"], "video"), pc.not_equal(ledger["shift"], ""))
-    ).select(["key", "state", "stage", "cause", "shift"])
-    rows = heapq.nsmallest(MAX_ROWS, _maps(videos), key=lambda row: (row["rank"], row["key"]))
+    total = 0
+    worst = None
+    columns = ["key", "state", "stage", "cause", "shift"]
+    for batch in shards.ledger_batches(output, columns):  # all these texts together are large
+        videos = pa.Table.from_batches([batch]).filter(pc.not_equal(batch["shift"], ""))
+        total += videos.num_rows
+        found = pc.extract_regex(videos["shift"], r'"median_iou": (?P<overlap>[0-9][0-9.e+-]*)')
+        overlap = pc.cast(pc.struct_field(found, "overlap"), pa.float64())
+        # null, and so last, where nothing was compared
+        videos = videos.append_column("overlap", overlap)
+        candidates = pa.concat_tables([worst, videos]) if worst else videos
+        ordered = candidates.sort_by([("overlap", "ascending"), ("key", "ascending")])
+        worst = ordered.slice(0, MAX_ROWS)
+    rows = worst.to_pylist() if worst else []
     for row in rows:
+        row["shift"] = json.loads(row["shift"])
         row["overlays"] = overlays(row["shift"])
-    return {"rows": rows, "total": videos.num_rows}
-
-
-def _maps(videos: pa.Table) -> Iterator[dict[str, Any]]:
-    for batch in videos.to_batches(max_chunksize=1024):
-        for row in batch.to_pylist():
-            shift = json.loads(row.pop("shift"))
-            overlap = shift.get("median_iou")
-            known = overlap is not None and np.isfinite(overlap)
-            rank = float(overlap) if known else 2.0  # nothing was compared: last
-            yield row | {"rank": rank, "shift": shift}
+    return {"rows": rows, "total": total}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -693,6 +693,10 @@ def ledger_rows(
         "scores": [],
         "start": 0.0,
         "end": float(video.probe.get("duration") or 0.0),
+        "seconds": sorted(video.seconds.items()),
+        "shift": json.dumps(video.shift, sort_keys=True) if video.shift else "",
+        "source": json.dumps(video.source, sort_keys=True) if video.source else "",
+        "versions": json.dumps(video.versions, sort_keys=True) if video.versions else "",
     }
     shared = {
         "identity": video.identity,
@@ -701,10 +705,6 @@ def ledger_rows(
         "video_sha256": video.sha256,
         "bytes": video.size,
         "attempts": video.attempts,
-        "seconds": sorted(video.seconds.items()),
-        "shift": json.dumps(video.shift, sort_keys=True) if video.shift else "",
-        "source": json.dumps(video.source, sort_keys=True) if video.source else "",
-        "versions": json.dumps(video.versions, sort_keys=True) if video.versions else "",
     }
     rows = []
     for row in [own, *tracks]:
@@ -738,6 +738,10 @@ def _track_row(
         "scores": sorted(track.scores.items()),
         "start": track.times[0] if track.times else 0.0,
         "end": track.times[-1] if track.times else 0.0,
+        "seconds": [],
+        "shift": "",
+        "source": "",
+        "versions": "",
     }
 
 
@@ -751,11 +755,20 @@ def write_ledger(rows: Iterable[dict[str, Any]], output: str) -> None:
         storage.put_file(local, storage.join(output, LEDGER))
 
 
-def read_ledger(output: str) -> pa.Table:
-    """The ledger as a table of :data:`LEDGER_SCHEMA`. Raises :class:`DatasetError` when there is none."""
+def read_ledger(output: str, columns: list[str] | None = None) -> pa.Table:
+    """The ledger as a table of :data:`LEDGER_SCHEMA`, or some of its columns. Raises :class:`DatasetError`."""
+    return pa.Table.from_batches(
+        ledger_batches(output, columns),
+        schema=pa.schema([LEDGER_SCHEMA.field(name) for name in columns or LEDGER_SCHEMA.names]),
+    )
+
+
+def ledger_batches(output: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The ledger some thousand rows at a time. Raises :class:`DatasetError`."""
     uri = storage.join(output, LEDGER)
     try:
-        return pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+        with pq.ParquetFile(io.BytesIO(storage.read_bytes(uri))) as file:
+            yield from file.iter_batches(4096, columns=columns)
     except FileNotFoundError:
         raise DatasetError(f"{uri}: no ledger; has jobs/preprocess.py finished there?") from None
     except (pa.ArrowException, OSError) as error:

@@ -3,7 +3,7 @@
 Measured on thumbs of the test clips, of pairs of them joined, and of clips zoomed, shaken, lit by flashes and faded:
 PySceneDetect's adaptive detector found 58 of 60 joins (the others join two takes of one scene) and all 30 jumps to a
 closer view, and called no pan, zoom or shake a cut; its content detector at 27 found 56 and 22, and called every
-second frame of a shaken clip one. Neither sees more than a third of the dissolves: tracks also break where a face's
+third frame of a shaken clip one. Neither sees more than a third of the dissolves: tracks also break where a face's
 box jumps.
 """
 

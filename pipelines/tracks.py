@@ -26,6 +26,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from models.frozen import weights
 from models.frozen.detector import Detector, DetectorName, load_detector
 from pipelines import storage
 from pipelines.geometry import (
@@ -91,6 +92,8 @@ REGION_GROWTH = 1.7
 """Side of the searched region over the side of the box it surrounds: for the head's motion and the detector's needs."""
 REGION_BOX_PX = 200
 """The region is scaled until the annotated box has this side: the face is then 115 to 140 px."""
+REGION_PX = 1000
+"""Longest side to which a region is scaled."""
 DETECTOR_FACE_PX = 80
 """Smallest tight box the detector is built for; images are scaled so that this suffices."""
 
@@ -443,7 +446,9 @@ class Utterance:
         boxes = interpolate_boxes(self.times, self.boxes, moments)
         side = float(box_sizes(boxes).mean())
         margin = (REGION_GROWTH - 1) * side / 2
-        return hull(boxes) + np.array([-margin, -margin, margin, margin]), REGION_BOX_PX / side
+        region = hull(boxes) + np.array([-margin, -margin, margin, margin])
+        # where the annotation jumps to another shot the region is large
+        return region, min(REGION_BOX_PX / side, REGION_PX / float(box_sizes(region).max()))
 
     def used(self, at: NDArray[np.float64], shift: float) -> NDArray[np.bool_]:
         """Which moments of the video belong to it, its trimmed ends left out."""
@@ -872,7 +877,7 @@ def follow_detection(
     decoder: Decoder,
     detector: Detector,
     config: TracksConfig,
-) -> tuple[Video, list[Found]]:
+) -> list[Found]:
     """Tracks of everybody who stays long enough in the spans without annotation."""
     spans = [span for span in video.spans if not span.boxes]
     times = frame_times(path)
@@ -880,10 +885,9 @@ def follow_detection(
     looks, cuts = search_frames(
         path, info, times, [frames for _, frames in plans], decoder, detector, config
     )
-    largest = 0.0
     for span, planned in plans:
         frames = planned[np.isin(planned, list(looks))]
-        faces = []
+        faces, largest = [], 0.0
         for index in frames.tolist():
             sides = box_sizes(looks[index][:, :4]).mean(axis=1)
             faces.append(looks[index][sides >= config.min_face_px])
@@ -901,12 +905,14 @@ def follow_detection(
                 else:
                     sightings.append(Sighting(index, at, None, cause=Cause.TRACK_NO_FACE.value))
             found += make_tracks(span, sightings, cuts, config)
-    if not found:
-        detail = (
-            f"no face of {config.min_face_px:g} px in {len(looks)} frames; largest {largest:.0f} px"
-        )
-        return reject(video, Cause.TRACK_NO_FACE, detail), []
-    return video, found
+        if len(frames) and not chains:
+            detail = (
+                f"no face of {config.min_face_px:g} px in {len(frames)} frames, "
+                f"the largest has {largest:.0f} px"
+            )
+            nobody = reject_track(Track(name="", span=span.name), Cause.TRACK_NO_FACE, detail)
+            found.append(Found(float(times[frames[0]]), nobody))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- the stage
@@ -925,19 +931,20 @@ def follow(video: Video, decoder: Decoder, detector: Detector, config: TracksCon
         be decoded, is not the one annotated, or has no track left.
     """
     info = VideoInfo(**video.probe)
+    (network,) = weight_names(config)
+    used = f"{config.detector} {weights.REGISTRY[network].sha256[:12]}"
+    video = replace(video, versions=video.versions | {"detector": used})
     found: list[Found] = []
     try:
         with storage.local_file(video.blob) as local:
-            for part in (follow_annotation, follow_detection):
-                is_annotated = part is follow_annotation
-                if any(bool(span.boxes) == is_annotated for span in video.spans):
-                    video, more = part(video, str(local), info, decoder, detector, config)
-                    found += more
-                if not video.live:
-                    return video
+            args = str(local), info, decoder, detector, config
+            if any(span.boxes for span in video.spans):
+                video, found = follow_annotation(video, *args)
+            if video.live and not all(span.boxes for span in video.spans):
+                found += follow_detection(video, *args)
     except VideoError as error:
         return reject(video, error.cause, error.detail)
-    return finish(video, found, config.max_frames_per_video)
+    return finish(video, found, config.max_frames_per_video) if video.live else video
 
 
 class Tracker:

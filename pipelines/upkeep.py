@@ -39,7 +39,7 @@ class Receipt:
     """What a takedown removed."""
 
     videos: list[str]
-    """Keys of all videos that are marked now, published or not."""
+    """Keys of the videos that the request covers, published or not."""
     samples: int
     frames: int
     shards: dict[str, str]
@@ -64,9 +64,10 @@ def repair(output: str) -> Repair:
         DatasetError: not a dataset.
         preprocess.ConfigError: another job is writing there.
     """
-    manifest = shards.read_manifest(output)
+    shards.read_manifest(output)
     result = Repair(done=[], left=[])
     with OutputLock(output):
+        manifest = shards.read_manifest(output)
         named = {shard["name"] for shard in manifest["shards"]}
         for name in storage.names_below(storage.join(output, "shards")):
             if name not in named:
@@ -116,12 +117,12 @@ def _restore_shard(
 ) -> None:
     rows = index.filter(pc.equal(index["shard"], shard["name"]))
     rows = rows.select(["key", "identity", "video"]).to_pylist()
-    videos = sorted({f"{row['identity']}-{row['video']}" for row in rows})
+    videos = sorted({_key(row) for row in rows})
     try:
         commits = {commit.video.key: commit for commit in shards.load_commits(output, videos)}
         slices = []
         for row in rows:
-            commit = commits[f"{row['identity']}-{row['video']}"]
+            commit = commits[_key(row)]
             offset, length = commit.slices[row["key"]]
             slices.append(
                 shards.Slice(
@@ -185,11 +186,14 @@ def take_down(
             would have to be written again.
         preprocess.ConfigError: another job is writing there.
     """
-    manifest = shards.read_manifest(output)
+    shards.read_manifest(output)
     left: list[str] = []
     with OutputLock(output):
+        manifest = shards.read_manifest(output)
         takedowns = _recorded(output, identities, videos, reason)
-        ledger = shards.read_ledger(output)
+        ledger = shards.read_ledger(
+            output, ["kind", "identity", "video", "split", "url", "video_sha256"]
+        )
         marked = ledger.filter(
             pc.and_(_covered(ledger, takedowns), pc.equal(ledger["kind"], "video"))
         ).to_pylist()
@@ -203,7 +207,7 @@ def take_down(
         # From here on nothing brings them back, whatever happens to this process.
         storage.remove(storage.join(output, report.PAGE))
         tally = Tally()
-        shards.write_ledger((tally.see(row) for row in _marked_rows(ledger, takedowns)), output)
+        shards.write_ledger((tally.see(row) for row in _marked_rows(output, takedowns)), output)
         tables = (thinned.tables[entry["name"]] for entry in thinned.listing)
         manifest |= {
             "dataset_version": manifest["dataset_version"] + bool(thinned.replaced),
@@ -221,8 +225,9 @@ def take_down(
         except DatasetError as error:  # a shard that had nothing to do with this
             left.append(str(error))
     _tidy(output)
+    asked = {"identities": identities, "videos": videos}
     return Receipt(
-        videos=[f"{row['identity']}-{row['video']}" for row in marked],
+        videos=[_key(row) for row in marked if _covers(row, asked)],
         samples=index.filter(gone).num_rows,
         frames=pc.sum(index.filter(gone)["frames"]).as_py() or 0,
         shards=thinned.replaced,
@@ -273,7 +278,7 @@ def _recorded(
 ) -> Takedowns:
     """All takedowns, these included; nothing is written yet."""
     takedowns = shards.read_takedowns(output)
-    ledger = shards.read_ledger(output)
+    ledger = shards.read_ledger(output, ["kind", "key", "identity"])
     known = {
         "identities": set(ledger["identity"].unique().to_pylist()),
         "videos": set(ledger.filter(pc.equal(ledger["kind"], "video"))["key"].to_pylist()),
@@ -300,8 +305,12 @@ def _covered(table: pa.Table, takedowns: Takedowns) -> pa.ChunkedArray:
     return pc.or_(pc.is_in(table["identity"], identities), pc.is_in(keys, videos))
 
 
-def _covers(row: Mapping[str, Any], takedowns: Takedowns) -> bool:
-    return shards.is_taken_down(row["identity"], f"{row['identity']}-{row['video']}", takedowns)
+def _key(row: Mapping[str, Any]) -> str:
+    return f"{row['identity']}-{row['video']}"
+
+
+def _covers(row: Mapping[str, Any], takedowns: Mapping[str, Any]) -> bool:
+    return shards.is_taken_down(row["identity"], _key(row), takedowns)
 
 
 def _rejected(row: Mapping[str, Any], takedowns: Takedowns) -> Video:
@@ -310,8 +319,8 @@ def _rejected(row: Mapping[str, Any], takedowns: Takedowns) -> Video:
     return shards.honour(video, takedowns)
 
 
-def _marked_rows(ledger: pa.Table, takedowns: Takedowns) -> Iterator[dict[str, Any]]:
-    for batch in ledger.to_batches(max_chunksize=4096):
+def _marked_rows(output: str, takedowns: Takedowns) -> Iterator[dict[str, Any]]:
+    for batch in shards.ledger_batches(output):
         for row in batch.to_pylist():
             if not _covers(row, takedowns):
                 yield row

@@ -57,6 +57,7 @@ def head() -> Iterator[Head]:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("RAY_")
     } | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",

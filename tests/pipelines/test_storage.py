@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import storage
+from pipelines import report, shards, storage, upkeep
+from tests.datasets import make_dataset, some_videos
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,21 @@ def test_create_has_one_winner(root: str) -> None:
     assert storage.read_bytes(uri) == b"%d" % won.index(True)
     storage.remove(uri)
     assert storage.create(uri, b"again")
+
+
+@pytest.mark.slow
+def test_a_dataset_in_s3_is_read_verified_repaired_and_thinned(bucket: str) -> None:
+    output = storage.join(bucket, uuid.uuid4().hex)
+    make_dataset(output, some_videos())
+    assert shards.verify(output) == []
+    sample = shards.read_index(output).to_pylist()[-1]
+    assert len(report.read_thumbs(output, sample)) == 5
+    storage.remove(storage.join(output, "shards", sample["shard"]))
+    assert len(shards.verify(output)) == 1
+    assert upkeep.repair(output).left == []
+    assert upkeep.take_down(output, ["id02"], [], "request 17").samples == 3
+    assert shards.verify(output) == []
+    assert storage.exists(storage.join(output, report.PAGE))
 
 
 @pytest.mark.parametrize(

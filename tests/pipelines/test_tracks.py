@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from models.frozen.detector import load_detector
 from pipelines.geometry import iou
-from pipelines.schema import Cause, Span, Track, Video, from_json, to_json
+from pipelines.schema import Cause, Span, Track, Video, from_json, from_row, to_json, to_row
 from pipelines.timemap import TRIM_SECONDS
 from pipelines.tracks import (
     DETECTOR_FACE_PX,
     Chain,
     Found,
     Sighting,
+    Tracker,
     TracksConfig,
     finish,
     follow,
@@ -286,7 +287,7 @@ class SquareDetector:
 
 
 SIZE = (320, 180)
-Path_ = Callable[[float], tuple[float, float, float] | None]
+Person = Callable[[float], tuple[float, float, float] | None]
 """Seconds → centre x, centre y and side of a face, or None."""
 
 
@@ -301,7 +302,7 @@ def walk(t: float) -> tuple[float, float, float]:
 
 
 def draw(
-    path: Path, people: Sequence[Path_], count: int, fps: float = 30, cut: int = 10**6
+    path: Path, people: Sequence[Person], count: int, fps: float = 30, cut: int = 10**6
 ) -> Path:
     """Encode drawn faces at their places in every frame; from frame ``cut`` on the background is another."""
     walls = []
@@ -325,7 +326,7 @@ def draw(
     return encode(path, pictures(), fps=fps)
 
 
-def annotate(person: Path_, first: int, last: int, shift: float, name: str = "00001") -> Span:
+def annotate(person: Person, first: int, last: int, shift: float, name: str = "00001") -> Span:
     """VoxCeleb's kind of annotation: rows at k / 25 s, squares 1.4 times the face, in coarse steps, 3 decimals."""
     times, boxes = [], []
     for k in range(first, last):
@@ -354,7 +355,7 @@ def walking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw(tmp_path_factory.mktemp("drawn") / "walking.mp4", [walk], 150)
 
 
-def assert_true_boxes(track: Track, person: Path_, video: Video) -> None:
+def assert_true_boxes(track: Track, person: Person, video: Video) -> None:
     """Each kept box is where the face was drawn, each kept time is the frame's."""
     times = frame_times(video.blob)
     assert len(track.times) == len(track.indices) == len(track.boxes) == len(track.box_scores)
@@ -485,6 +486,16 @@ def test_unreadable_video_is_rejected(walking: Path, decoder: Decoder, tmp_path:
         assert follow(video, decoder, SquareDetector(), config()).cause == "video: unreadable"
 
 
+def test_actor_takes_and_gives_rows(walking: Path) -> None:
+    """With the real detector, which takes no green square for a face."""
+    video = row(walking, Span(name="a", end=0.5))
+    result, members = from_row(Tracker(config())(to_row(video, [("a", b"b")])))
+    assert result.cause == Cause.TRACK_NO_FACE.value
+    assert result.seconds["tracks"] > 0
+    assert result.versions["detector"].startswith("dlib ")
+    assert members == []
+
+
 def test_two_people_without_annotation(tmp_path: Path, decoder: Decoder) -> None:
     """A track each. One shrinks for two frames below what a whole-frame search sees and is found again closer up;
     the other is hidden for two frames, which are dropped and counted, never invented."""
@@ -531,12 +542,16 @@ def test_part_of_a_video_and_nobody_in_it(walking: Path, decoder: Decoder) -> No
 
 
 def test_annotated_and_free_spans_in_one_video(walking: Path, decoder: Decoder) -> None:
+    """Each by its own rules; one does not take the other down."""
     spans = [annotate(walk, 5, 50, 0, "00001"), Span(name="00002", start=3.0)]
-    video = follow(row(walking, *spans), decoder, SquareDetector(), config(min_face_px=30.0))
-    assert [(track.span, track.state) for track in video.tracks] == [
-        ("00001", "open"),
-        ("00002", "open"),
-    ]
+    for min_face_px, state in [(30.0, "open"), (60.0, "rejected")]:
+        free = config(min_face_px=min_face_px)
+        video = follow(row(walking, *spans), decoder, SquareDetector(), free)
+        assert video.state == "open"
+        assert [(track.span, track.state) for track in video.tracks] == [
+            ("00001", "open"),
+            ("00002", state),
+        ]
 
 
 def test_region_boxes_come_back_in_frame_pixels() -> None:
@@ -576,7 +591,7 @@ def swing(t: float) -> NDArray[np.float64]:
     return np.array([[1.2, 0, x - 1.2 * 222], [0, 1.2, y - 1.2 * 115]])
 
 
-def portrait(folder: Path, fps: int, seconds: float = 7.0) -> Portrait:
+def portrait(folder: Path, fps: int, seconds: float = 6.0) -> Portrait:
     """Film her at ``fps``, convert to 25 fps as the annotators did, and annotate that by detection."""
     import av
     from skimage.data import astronaut
@@ -620,14 +635,6 @@ def test_shift_of_a_real_face(fps: int, tmp_path: Path, decoder: Decoder) -> Non
     assert video.shift["delta_confidence"] > 0.5
     assert video.shift["median_iou"] > 0.7
     assert len(video.tracks[0].times) >= 25
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A real clip after this stage, and its annotation on the clip's own timeline."""
-
-    video: Video
-    cut: int
 
 
 @pytest.fixture(scope="module")

@@ -196,8 +196,12 @@ def test_the_receipt_counts_what_went(copy: str) -> None:
     assert receipt.frames == 5 * 5
     assert receipt.sha256 == ["ab" * 32]
     assert receipt.dataset_version == 2
+    other = upkeep.take_down(copy, ["id03"], [], "another")
+    assert other.videos == ["id03-v0"]  # of this request only
+    assert other.dataset_version == 3
     again = upkeep.take_down(copy, ["id02"], ["id01-v1"], "another")
-    assert (again.samples, again.shards, again.dataset_version) == (0, {}, 2)
+    assert again.videos == receipt.videos
+    assert (again.samples, again.shards, again.dataset_version) == (0, {}, 3)
     takedowns = json.loads(Path(copy, shards.TAKEDOWNS).read_text())
     assert takedowns["identities"]["id02"]["reason"] == REASON
 
