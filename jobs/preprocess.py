@@ -1,8 +1,14 @@
 #!/usr/bin/env python
-"""List of videos → published dataset of face crops.
+"""List of videos → published dataset of face crops. Killed or interrupted, the same command goes on.
 
-python jobs/preprocess.py laptop --input vox2/ --output data/vox2
-ray job submit --working-dir . -- python jobs/preprocess.py voxceleb2 --input s3://.../vox2 --output s3://.../out
+    python jobs/preprocess.py --input my_videos/ --output data/mine
+    python jobs/preprocess.py voxceleb2 --input vox2_meta.zip --output data/vox2
+    ray job submit --working-dir . -- python jobs/preprocess.py voxceleb2 --input s3://... --output s3://...
+
+laptop keeps videos of any height and needs no downloaded weights; voxceleb2 wants 1080 lines and heads that are well
+inside the frame. --input and --output are all that is needed. docs/formats.md has an example of each form of list.
+
+Exit codes: 0 done, 2 wrong arguments or list, 3 nothing usable came out, 1 our fault.
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ from __future__ import annotations
 if not __package__:
     import script_path  # noqa: F401
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +27,8 @@ from jobs import runtime
 from pipelines import preprocess, report, storage, tracking
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig
-from pipelines.preprocess import Outcome, PreprocessConfig, Progress
+from pipelines.preprocess import NothingUsableError, Outcome, PreprocessConfig, Progress
+from pipelines.schema import Video
 from pipelines.shards import ShardsConfig
 
 PRESETS = {
@@ -45,28 +53,43 @@ def job() -> None:
     config = runtime.parse(PRESETS, __doc__ or "")
     config = replace(
         config,
-        input=storage.absolute(config.input),
-        output=storage.absolute(config.output),
+        input=runtime.location("input", config.input),
+        output=runtime.location("output", config.output),
     )
     preprocess.check(config)
+    videos = preprocess.open_list(config)
+    with preprocess.OutputLock(config.output):
+        outcome, store = make(config, videos)
+    summarise(config, outcome, store)
+
+
+def make(config: PreprocessConfig, videos: Iterator[Video]) -> tuple[Outcome, tracking.Store]:
+    """Record, connect and run; the output is locked."""
     flat = runtime.record(config, config.output)
     store = tracking.find_store(config.output, runtime.submitted())
-    runtime.connect(config.minimum_cpus)
-    code = runtime.code_version()
-    tags = {"git_commit": code["commit"], "dataset": config.output, "job": "preprocess"}
-    with (
-        tracking.open_run(store, "headray-preprocess", flat, tags) as run,
-        Progress(runtime.console.print) as progress,
-    ):
-        try:
-            outcome = preprocess.run(config, progress)
-        finally:
-            with storage.local_file(storage.join(config.output, report.PAGE)) as page:
-                if page.exists():
-                    run.file(page, "report")
+    tags = {
+        "git_commit": runtime.code_version()["commit"],
+        "dataset": config.output,
+        "job": "preprocess",
+    }
+    with tracking.open_run(store, "headray-preprocess", flat, tags) as run:
+        runtime.connect(config.minimum_cpus)
+        with Progress(runtime.console.print) as progress:
+            try:
+                outcome = preprocess.run(config, videos, progress)
+            except NothingUsableError:
+                log_report(run, config.output)
+                raise
+        log_report(run, config.output)
         run.metrics(metrics(outcome))
         run.record(outcome.manifest, "dataset.json")
-    summarise(config, outcome, store)
+    return outcome, store
+
+
+def log_report(run: tracking.Run, output: str) -> None:
+    """Give the page that was written to MLflow."""
+    with storage.local_file(storage.join(output, report.PAGE)) as page:
+        run.file(page, "report")
 
 
 def metrics(outcome: Outcome) -> dict[str, float]:
@@ -94,9 +117,7 @@ def summarise(config: PreprocessConfig, outcome: Outcome, store: tracking.Store)
     funnel.add_row("videos", *_pair(counts["videos"], "listed"))
     funnel.add_row("tracks", *_pair(counts["tracks"], "found"))
     frames = counts["frames"]
-    funnel.add_row(
-        "frames", f"{frames['published'] + frames['dropped']:,}", f"{frames['published']:,}"
-    )
+    funnel.add_row("frames", f"{sum(frames.values()):,}", f"{frames['published']:,}")
     for split, numbers in manifest["splits"].items():
         funnel.add_row(
             f"  {split}", "", f"{numbers['videos']:,} videos / {numbers['identities']:,} identities"

@@ -18,10 +18,13 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +68,8 @@ OPERATIONAL = (
 """Fields that change how a run goes but not what it makes."""
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+FOLDER_PREFIX = "headray-fetch-"
+"""Of the temporary folder of one attempt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +149,18 @@ def public_url(url: str) -> str:
     if any(SECRET_PARAMETER.match(name) for name, _ in named):
         query = urlencode([pair for pair in named if not SECRET_PARAMETER.match(pair[0])])
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
+
+
+def public(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as it may be recorded: every URL in it is :func:`public_url` of what it was."""
+    shown: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            shown[name] = public(value)
+        else:
+            is_url = isinstance(value, str) and "://" in value
+            shown[name] = public_url(value) if is_url else value
+    return shown
 
 
 def scrub(text: str, *hidden: str) -> str:
@@ -302,7 +319,7 @@ def _take(video: Video, config: DownloadConfig) -> Video:
     try:
         with (
             storage.local_file(video.path) as path,
-            tempfile.TemporaryDirectory(prefix="headray-") as folder,
+            tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as folder,
         ):
             if not path.is_file():
                 raise FileNotFoundError
@@ -334,7 +351,7 @@ def _fetch_url(video: Video, url: str, config: DownloadConfig, cache: str) -> Vi
 
 def _download(url: str, config: DownloadConfig, cache: str) -> dict[str, Any]:
     """Fetch a URL into the cache; returns its record."""
-    with tempfile.TemporaryDirectory(prefix="headray-") as name:
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as name:
         folder = Path(name)
         answer = run_child(make_request(config, url=url), folder)
         path = folder / answer["file"]
@@ -350,12 +367,29 @@ def _download(url: str, config: DownloadConfig, cache: str) -> dict[str, Any]:
     return record
 
 
+def remove_leftovers(older_seconds: float) -> int:
+    """Delete temporary folders that attempts of killed runs left on this machine; returns how many.
+
+    A folder's age tells: no attempt lives longer than its deadline. (Process numbers mean nothing across containers.)
+    """
+    oldest = time.time() - older_seconds
+    left = []
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):  # another actor of this machine was quicker
+            if folder.lstat().st_mtime < oldest:
+                left.append(folder)
+    for folder in left:
+        shutil.rmtree(folder, ignore_errors=True)
+    return len(left)
+
+
 class Downloader:
     """Actor: one video at a time."""
 
     def __init__(self, config: DownloadConfig, cache: str) -> None:
         self.config = config
         self.cache = cache
+        remove_leftovers(2 * config.deadline_seconds + 3600)
 
     def __call__(self, row: VideoRow) -> VideoRow:
         video, members = from_row(row)

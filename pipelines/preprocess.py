@@ -28,12 +28,23 @@ import pyarrow.compute as pc
 
 from models.frozen import weights
 from pipelines import crops, download, identities, report, shards, storage, tracks, voxceleb
-from pipelines.schema import SCHEMA_VERSION, Video, batched, to_row
+from pipelines.schema import SCHEMA_VERSION, Video, batched, one_line, to_row
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-OPERATIONAL = ("input", "output", "keep_work", "window", "max_attempts")
+UNNEEDED = storage.join(shards.WORK, "unneeded")
+"""A file that says that everything in the work folder is published and may go."""
+
+OPERATIONAL = (
+    "input",
+    "output",
+    "keep_work",
+    "window",
+    "max_attempts",
+    "tracks.decoder.deadline_seconds",
+    "tracks.decoder.videos_per_child",
+)
 """Fields that change how a run goes but not what it makes; neither does any ``resources``."""
 
 
@@ -95,7 +106,7 @@ class PreprocessConfig:
     def recipe(self) -> dict[str, Any]:
         """The part of the configuration that decides what the dataset contains, flat."""
         flat = {}
-        for name, value in _flat(dataclasses.asdict(self), ""):
+        for name, value in _flat(download.public(dataclasses.asdict(self)), ""):
             operational = name in OPERATIONAL or ".resources." in name
             if not operational and name not in download.OPERATIONAL:
                 flat[name] = value
@@ -130,6 +141,24 @@ def check(config: PreprocessConfig) -> None:
         ConfigError: the output holds something else, or a dataset of another recipe.
         models.frozen.weights.WeightsError: a network's file is missing or damaged.
     """
+    try:
+        _check_output(config)
+    except ConfigError:
+        raise
+    except (
+        Exception
+    ) as error:  # every kind of storage has its own kinds; to the user they all say this
+        reason = f"{type(error).__name__}: {one_line(str(error), 200)}"
+        raise ConfigError(f"--output {config.output}: cannot be used: {reason}") from error
+    for name in (
+        *tracks.weight_names(config.tracks),
+        *crops.weight_names(config.crops),
+        *identities.weight_names(config.identities),
+    ):
+        weights.find(name)
+
+
+def _check_output(config: PreprocessConfig) -> None:
     uri = storage.join(config.output, "config.json")
     try:
         before = json.loads(storage.read_bytes(uri))["config"]
@@ -157,17 +186,18 @@ def check(config: PreprocessConfig) -> None:
                 "use those values again or another --output"
             )
     probe = storage.join(config.output, shards.WORK, "write-test")
-    try:
-        storage.write_atomic(probe, b"ok")
-        storage.remove(probe)
-    except OSError as error:
-        raise ConfigError(f"--output {config.output}: cannot be written: {error}") from None
-    for name in (
-        *tracks.weight_names(config.tracks),
-        *crops.weight_names(config.crops),
-        *identities.weight_names(config.identities),
-    ):
-        weights.find(name)
+    storage.write_atomic(probe, b"ok")
+    storage.remove(probe)
+
+
+def open_list(config: PreprocessConfig) -> Iterator[Video]:
+    """The videos of the list. Raises :class:`voxceleb.ListError` at once if it cannot be read or is empty."""
+    return voxceleb.read_list(
+        config.input,
+        config.input_format,
+        url_template=config.download.url_template,
+        allow_local=config.download.allow_local,
+    )
 
 
 @dataclass
@@ -184,8 +214,8 @@ class OutputLock:
 
     def __enter__(self) -> OutputLock:
         if not storage.create(self.uri, self._content()):
-            owner = json.loads(storage.read_bytes(self.uri))
-            if self._alive(owner):
+            owner = self._owner()
+            if owner and self._alive(owner):
                 raise ConfigError(
                     f"--output {self.output}: another run (host {owner['host']}, process {owner['pid']}) "
                     "is writing there; wait for it or stop it"
@@ -202,6 +232,17 @@ class OutputLock:
     def _content(self) -> bytes:
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
         return json.dumps(owner).encode()
+
+    def _owner(self) -> dict[str, Any]:
+        """Whoever holds the lock; empty when it was killed while it wrote its name."""
+        for _ in range(2):
+            try:
+                owner: dict[str, Any] = json.loads(storage.read_bytes(self.uri))
+            except (ValueError, FileNotFoundError):
+                time.sleep(0.5)  # it may be writing just now
+            else:
+                return owner
+        return {}
 
     def _alive(self, owner: Mapping[str, Any]) -> bool:
         if owner["host"] == socket.gethostname():
@@ -229,7 +270,7 @@ def build_plan(videos: Iterable[Video], config: PreprocessConfig) -> Dataset:
     dataset: Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset = download.add_downloads(dataset, config.download, cache_uri(config))
     dataset = tracks.add_tracks(dataset, config.tracks)
-    dataset = crops.add_crops(dataset, config.crops)
+    dataset = crops.add_crops(dataset, config.crops, config.tracks.decoder)
     dataset = identities.add_embeddings(dataset, config.identities)
     return shards.add_commits(dataset, config.output, crops.describe(config.crops), config.shards)
 
@@ -239,26 +280,28 @@ def cache_uri(config: PreprocessConfig) -> str:
     return config.download.cache or storage.join(config.output, shards.WORK, "downloads")
 
 
-def run(config: PreprocessConfig, progress: Progress) -> Outcome:
-    """Make, or finish, the dataset of ``config``. Ray must be connected and :func:`check` passed.
+def run(config: PreprocessConfig, videos: Iterable[Video], progress: Progress) -> Outcome:
+    """Make, or finish, the dataset of ``config``. Ray must be connected, :func:`check` passed, the output locked.
 
     Args:
         config: output and input absolute.
+        videos: of :func:`open_list`.
         progress: told of each committed video and each packed shard.
 
     Raises:
-        voxceleb.ListError: the list cannot be read or is empty.
-        ConfigError: another run is writing, or the list has grown and the work folder is gone.
+        voxceleb.ListError: reading the list broke off.
+        ConfigError: the list has changed and the work folder is gone.
         NothingUsableError: nothing passed; ledger and report are written all the same.
     """
     started = time.perf_counter()
     configure_ray_data(config)
-    with OutputLock(config.output):
-        storage.remove_temporary(config.output)
-        keys, stage_seconds, new_videos = process(config, progress)
-        manifest, retryable = publish(config, keys, progress)
-        if not config.keep_work and not retryable:
-            storage.remove(storage.join(config.output, shards.WORK))
+    storage.remove_temporary(config.output)
+    if storage.exists(storage.join(config.output, UNNEEDED)):
+        drop_work(config.output)
+    keys, stage_seconds, new_videos = process(config, videos, progress)
+    manifest, retryable = publish(config, keys, progress)
+    if not config.keep_work and not retryable:
+        drop_work(config.output)
     return Outcome(
         manifest=manifest,
         seconds=time.perf_counter() - started,
@@ -266,6 +309,18 @@ def run(config: PreprocessConfig, progress: Progress) -> Outcome:
         new_videos=new_videos,
         retryable=retryable,
     )
+
+
+def drop_work(output: str) -> None:
+    """Delete the work folder of a published dataset.
+
+    Half a work folder would look like an unfinished dataset whose other half must be fetched again, perhaps from sites
+    that no longer have it. So a mark goes in first and out last, and the next run of a killed one begins with the rest.
+    """
+    storage.write_atomic(storage.join(output, UNNEEDED), b"")
+    for name in ("packed", "parts", "downloads"):
+        storage.remove(storage.join(output, shards.WORK, name))
+    storage.remove(storage.join(output, shards.WORK))
 
 
 def configure_ray_data(config: PreprocessConfig) -> None:
@@ -279,7 +334,7 @@ def configure_ray_data(config: PreprocessConfig) -> None:
 
 
 def process(
-    config: PreprocessConfig, progress: Progress
+    config: PreprocessConfig, videos: Iterable[Video], progress: Progress
 ) -> tuple[list[str], dict[str, float], int]:
     """Run every video of the list that has no commit yet, window by window.
 
@@ -288,16 +343,11 @@ def process(
     """
     done, failed = shards.committed(config.output)
     published = set() if done or failed else published_keys(config.output)
+    finished = done | published
     takedowns = shards.read_takedowns(config.output)
     keys: list[str] = []
     seconds: Counter[str] = Counter()
     count = 0
-    videos = voxceleb.read_list(
-        config.input,
-        config.input_format,
-        url_template=config.download.url_template,
-        allow_local=config.download.allow_local,
-    )
     for window in batched(videos, config.window):
         keys += [video.key for video in window]
         progress.listed(len(keys))
@@ -309,8 +359,7 @@ def process(
         todo = [
             shards.honour(replace(video, attempts=attempts.get(video.key, 0) + 1), takedowns)
             for video in window
-            if video.key not in done | published
-            and attempts.get(video.key, 0) < config.max_attempts
+            if video.key not in finished and attempts.get(video.key, 0) < config.max_attempts
         ]
         progress.skipped(len(window) - len(todo))
         if not todo:
@@ -324,6 +373,11 @@ def process(
             progress.video(row)
             seconds.update(json.loads(row["seconds"]))
             count += 1
+    if missing := sorted(published.difference(keys)):
+        raise ConfigError(
+            f"--output {config.output}: published with {missing[0]}, which the list no longer has, and its work "
+            "folder is gone; take videos out with jobs/dataset.py takedown, or make a new --output"
+        )
     return keys, dict(seconds), count
 
 
@@ -456,6 +510,7 @@ class Tally:
         self.identities: set[str] = set()
         self.by_split: dict[str, dict[str, set[str]]] = {}
         self.frames: Counter[str] = Counter()
+        self.lost_frames = 0
         self.tracks: Counter[str] = Counter()
 
     def see(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -473,6 +528,7 @@ class Tally:
             self.frames[row["split"]] += row["frames"]
         if kind == "track":
             self.dropped.update(dict(row["dropped"]))
+            self.lost_frames += 0 if row["state"] == "published" else row["frames"]
         return row
 
     def splits(self) -> dict[str, dict[str, int]]:
@@ -496,6 +552,7 @@ class Tally:
             "tracks": {"found": self.states["track"].total(), **_sorted(self.states["track"])},
             "frames": {
                 "published": self.frames.total(),
+                "in_rejected_tracks": self.lost_frames,
                 "dropped": self.dropped.total(),
             },
             "causes": {

@@ -115,7 +115,7 @@ def _write_page(
     page = environment.get_template("report.html.jinja").render(
         manifest=manifest,
         colours=STAGE_ORDER,
-        bars=funnel(manifest["counts"], frames_lost(ledger)),
+        bars=funnel(manifest["counts"]),
         causes=cause_tables(manifest["counts"]["causes"], ledger),
         histograms=histograms(ledger, manifest["config"]),
         sheets=sheets,
@@ -168,11 +168,6 @@ def choose(ledger: pa.Table) -> dict[str, int]:
     return chosen
 
 
-def frames_lost(ledger: pa.Table) -> int:
-    """Frames that were cut, in tracks that the identity filter rejected afterwards."""
-    return int(pc.sum(_rows(ledger, "track", published=False)["frames"]).as_py() or 0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Bar:
     """One line of the funnel."""
@@ -187,20 +182,15 @@ class Bar:
 STAGE_ORDER = ("list", "download", "video", "timeline", "annotation", "track", "crop", "identity")
 
 
-def funnel(counts: Mapping[str, Any], lost_frames: int) -> list[Bar]:
-    """What went in and what came out.
-
-    Args:
-        counts: of the manifest.
-        lost_frames: of :func:`frames_lost`.
-    """
+def funnel(counts: Mapping[str, Any]) -> list[Bar]:
+    """What went in and what came out, by the counts of the manifest."""
     identities, videos, tracks, frames = (
         counts[kind] for kind in ("identities", "videos", "tracks", "frames")
     )
     gone = identities["listed"] - identities["published"]
     frame_losses = _by_stage(counts["causes"]["frames"])
-    if lost_frames:
-        frame_losses.append(("of rejected tracks", lost_frames))
+    if frames["in_rejected_tracks"]:
+        frame_losses.append(("of rejected tracks", frames["in_rejected_tracks"]))
     return [
         Bar(
             name="identities",
@@ -222,7 +212,7 @@ def funnel(counts: Mapping[str, Any], lost_frames: int) -> list[Bar]:
         ),
         Bar(
             name="frames",
-            total=frames["published"] + frames["dropped"] + lost_frames,
+            total=sum(frames.values()),
             kept=frames["published"],
             losses=frame_losses,
         ),

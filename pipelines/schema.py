@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from functools import cache
 from itertools import islice
 from typing import Any, Literal, TypedDict, TypeVar
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
@@ -121,6 +123,7 @@ TRANSIENT = frozenset(
         Cause.DOWNLOAD_TRUNCATED,
         Cause.DOWNLOAD_EMPTY,
         Cause.DOWNLOAD_OTHER,
+        Cause.VIDEO_DEADLINE,
         Cause.CRASH,
     }
 )
@@ -365,6 +368,14 @@ def run_stage(name: str, stage: Stage, row: VideoRow) -> VideoRow:
         video = reject(video, Cause.CRASH, f"{name}: {type(error).__name__}: {error}")
     seconds = video.seconds | {name: round(time.perf_counter() - started, 4)}
     return to_row(replace(video, seconds=seconds), members if video.live else [])
+
+
+def use_one_thread() -> None:
+    """For an actor that has loaded its networks: more speed comes from more actors, and torch's sums depend on the
+    number of threads, which Ray takes from ``num_cpus``."""
+    cv2.setNumThreads(1)
+    if "torch" in sys.modules:  # not imported here: it costs 0.6 GB
+        sys.modules["torch"].set_num_threads(1)
 
 
 def npy_bytes(array: NDArray[Any]) -> bytes:

@@ -67,7 +67,7 @@ class ShardsConfig:
     """Of the actors that commit videos and of the tasks that pack shards."""
 
     def __post_init__(self) -> None:
-        if self.target_mb <= 0:
+        if not 0 < self.target_mb < float("inf"):
             raise ValueError(f"shards.target_mb must be positive, got {self.target_mb}")
 
 
@@ -89,7 +89,7 @@ class Commit:
     slices: dict[str, tuple[int, int]]
     """(offset, length) of each sample inside that tar, by sample key."""
     frames: dict[str, int]
-    """Kept frames of each sample, by sample key."""
+    """Kept frames of each track, by sample key, whether or not it is a sample."""
 
     def to_bytes(self) -> bytes:
         """JSON, keys sorted."""
@@ -193,12 +193,12 @@ def commit(video: Video, members: list[Member], output: str, crop: Mapping[str, 
     offset = 0
     for track in video.tracks:
         key = video.track_key(track)
+        frames[key] = len(track.times)
         if not video.live or track.state != "open":
             continue
         ordered = sorted(by_key[key], key=_member_place)
         sample = tar_sample([(f"{key}.json", sample_json(video, track, crop)), *ordered])
         slices[key] = (offset, len(sample))
-        frames[key] = len(track.times)
         blocks.append(sample)
         offset += len(sample)
     sha256 = ""
@@ -283,7 +283,7 @@ class Committer:
             "state": video.state,
             "cause": video.cause,
             "tracks": len(done.slices),
-            "frames": sum(done.frames.values()),
+            "frames": sum(done.frames[key] for key in done.slices),
             "bytes": sum(length for _, length in done.slices.values()),
             "seconds": json.dumps(video.seconds),
         }
@@ -303,6 +303,7 @@ def add_commits(
             min_size=resources.min_actors, max_size=resources.max_actors
         ),
         num_cpus=resources.num_cpus,
+        num_gpus=resources.num_gpus,
         memory=resources.memory_gb * 2**30,
     )
 
@@ -809,7 +810,7 @@ def read_manifest(output: str) -> dict[str, Any]:
     uri = storage.join(output, MANIFEST)
     try:
         manifest: dict[str, Any] = json.loads(storage.read_bytes(uri))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DatasetError(
             f"{uri}: not found, so {output} is not a (finished) dataset; run jobs/preprocess.py to its end"
         ) from None

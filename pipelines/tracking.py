@@ -16,9 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import storage
+from pipelines.download import public_url, scrub
+from pipelines.schema import one_line
 
 PARAMETER_LIMIT = 6000
 """MLflow's longest parameter value, characters."""
+
+
+class TrackingError(ValueError):
+    """The tracking store cannot be used: one line for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +49,11 @@ def find_store(output: str, submitted: bool) -> Store:
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri:
-        return Store(uri=uri, artifacts="", show=f"mlflow ui --backend-store-uri {uri}")
+        is_server = uri.startswith(("http://", "https://"))
+        place = f"open {public_url(uri)}" if is_server else ""
+        # The URI of a database may hold a password, and what is printed ends up in logs.
+        show = place or 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
+        return Store(uri=uri, artifacts="", show=show)
     upload_to = ""
     if not submitted:
         folder = Path.cwd()
@@ -104,19 +114,31 @@ def open_run(
         experiment: created when new.
         parameters: flat configuration; values are cut to what MLflow takes.
         tags: such as the git commit and the dataset's URI.
+
+    Raises:
+        TrackingError: the store does not answer, or is of an unknown kind.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")  # half a minute, not four
     import mlflow
 
     for name in ("mlflow.store.db.utils", "alembic"):  # a page of migrations at the first use
         logging.getLogger(name).setLevel(logging.WARNING)
-    mlflow.set_tracking_uri(store.uri)
-    found = mlflow.get_experiment_by_name(experiment)
-    if found is None:
-        location = Path(store.artifacts).as_uri() if store.artifacts else None
-        experiment_id = mlflow.create_experiment(experiment, artifact_location=location)
-    else:
-        experiment_id = found.experiment_id
+    try:
+        mlflow.set_tracking_uri(store.uri)
+        found = mlflow.get_experiment_by_name(experiment)
+        if found is None:
+            location = Path(store.artifacts).as_uri() if store.artifacts else None
+            experiment_id = mlflow.create_experiment(experiment, artifact_location=location)
+        else:
+            experiment_id = found.experiment_id
+    except (
+        Exception
+    ) as error:  # every kind of store has its own kinds; to the user they all say this
+        reason = one_line(scrub(f"{type(error).__name__}: {error}"), 200)
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI={public_url(store.uri)}: cannot be used: {reason}"
+        ) from error
     try:
         with mlflow.start_run(experiment_id=experiment_id, tags=dict(tags)) as run:
             mlflow.log_params(

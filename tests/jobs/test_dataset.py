@@ -224,3 +224,11 @@ def test_looking_needs_no_network_library(original: str) -> None:
         [sys.executable, "-c", code, original], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_no_dataset_is_one_line(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    for address in (tmp_path / "file", tmp_path / "nothing", "nonsense://bucket/x"):
+        assert job("verify", "--dataset", str(address)) == 2
+        assert job.err.startswith("error: ")
+        assert str(address) in job.err

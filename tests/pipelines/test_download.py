@@ -29,6 +29,7 @@ from pipelines.download import (
     find_cached,
     public_url,
     record_uri,
+    remove_leftovers,
     scrub,
 )
 from pipelines.fetch_process import (
@@ -840,3 +841,15 @@ def test_ranges_of_the_fake_site_follow_rfc_9110() -> None:
     assert byte_range("bytes=a-b", 100) is None
     first, end = byte_range("bytes=100-", 100) or (0, 1)
     assert first >= end
+
+
+def test_leftovers_of_killed_runs_go_by_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name, age in (("headray-fetch-old", 5000), ("headray-fetch-new", 10), ("other", 5000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "video.mp4").write_bytes(b"x")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert remove_leftovers(4000) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["headray-fetch-new", "other"]
