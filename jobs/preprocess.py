@@ -48,6 +48,9 @@ def job() -> None:
         input=storage.absolute(config.input),
         output=storage.absolute(config.output),
     )
+    if archive := config.download.from_downloads:
+        absolute = replace(config.download, from_downloads=storage.absolute(archive))
+        config = replace(config, download=absolute)
     preprocess.check(config)
     flat = runtime.record(config, config.output)
     store = tracking.find_store(config.output, runtime.submitted())
