@@ -56,6 +56,9 @@ def job() -> None:
         input=runtime.location("input", config.input),
         output=runtime.location("output", config.output),
     )
+    if archive := config.download.from_downloads:
+        absolute = replace(config.download, from_downloads=storage.absolute(archive))
+        config = replace(config, download=absolute)
     preprocess.check(config)
     videos = preprocess.open_list(config)
     with preprocess.OutputLock(config.output):

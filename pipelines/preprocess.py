@@ -27,7 +27,17 @@ import psutil
 import pyarrow.compute as pc
 
 from models.frozen import weights
-from pipelines import crops, download, identities, report, shards, storage, tracks, voxceleb
+from pipelines import (
+    archive,
+    crops,
+    download,
+    identities,
+    report,
+    shards,
+    storage,
+    tracks,
+    voxceleb,
+)
 from pipelines.schema import SCHEMA_VERSION, Video, batched, one_line, to_row
 
 if TYPE_CHECKING:
@@ -53,7 +63,7 @@ class ConfigError(ValueError):
 
 
 class NothingUsableError(RuntimeError):
-    """The run went through but nothing can be published: one line by cause, exit code 3."""
+    """Nothing can be published: one line that says why, exit code 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,13 +301,15 @@ def run(config: PreprocessConfig, videos: Iterable[Video], progress: Progress) -
     Raises:
         voxceleb.ListError: reading the list broke off.
         ConfigError: the list has changed and the work folder is gone.
-        NothingUsableError: nothing passed; ledger and report are written all the same.
+        NothingUsableError: nothing passed; ledger and report are written all the same. Or the canary failed.
     """
     started = time.perf_counter()
     configure_ray_data(config)
     storage.remove_temporary(config.output)
     if storage.exists(storage.join(config.output, UNNEEDED)):
         drop_work(config.output)
+    if config.download.canary:
+        require_canary(config.download)
     keys, stage_seconds, new_videos = process(config, videos, progress)
     manifest, retryable = publish(config, keys, progress)
     if not config.keep_work and not retryable:
@@ -330,7 +342,26 @@ def configure_ray_data(config: PreprocessConfig) -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 64 * 2**20
-    context.execution_no_progress_timeout_s = max(1800, 3 * int(config.download.deadline_seconds))
+    patience = download.manners_towards("", config.download).patience_seconds
+    deadlines = 3 * config.download.deadline_seconds
+    context.execution_no_progress_timeout_s = max(1800, int(deadlines + patience))
+
+
+def require_canary(config: download.DownloadConfig) -> None:
+    """Fetch the canary on a node of the cluster, where the videos will be fetched.
+
+    Raises:
+        NothingUsableError: it failed, so the list would too.
+    """
+    import ray
+
+    fetch = ray.remote(num_cpus=config.resources.num_cpus)(download.fetch_canary)
+    canary = ray.get(fetch.remote(config))
+    if not canary.live:
+        raise NothingUsableError(
+            f"the canary {canary.url} could not be fetched: {canary.cause} ({canary.detail}); nothing of the list was tried. "
+            "Update yt-dlp, wait, or give another --download.canary"
+        )
 
 
 def process(
@@ -348,6 +379,8 @@ def process(
     keys: list[str] = []
     seconds: Counter[str] = Counter()
     count = 0
+    if config.download.from_downloads:
+        videos = archive.take_from(config.download.from_downloads, videos)
     for window in batched(videos, config.window):
         keys += [video.key for video in window]
         progress.listed(len(keys))

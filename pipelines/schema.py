@@ -63,6 +63,7 @@ class Cause(StrEnum):
     DOWNLOAD_SERVER_ERROR = "download: server error"
     DOWNLOAD_NETWORK = "download: network"
     DOWNLOAD_DEADLINE = "download: deadline"
+    DOWNLOAD_SLOW = "download: slow"
     DOWNLOAD_NOT_A_VIDEO = "download: not a video"
     DOWNLOAD_EMPTY = "download: empty"
     DOWNLOAD_TRUNCATED = "download: truncated"
@@ -120,6 +121,7 @@ TRANSIENT = frozenset(
         Cause.DOWNLOAD_SERVER_ERROR,
         Cause.DOWNLOAD_NETWORK,
         Cause.DOWNLOAD_DEADLINE,
+        Cause.DOWNLOAD_SLOW,
         Cause.DOWNLOAD_TRUNCATED,
         Cause.DOWNLOAD_EMPTY,
         Cause.DOWNLOAD_OTHER,
