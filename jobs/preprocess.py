@@ -90,9 +90,11 @@ def make(config: PreprocessConfig, videos: Iterator[Video]) -> tuple[Outcome, tr
 
 
 def log_report(run: tracking.Run, output: str) -> None:
-    """Give the page that was written to MLflow."""
-    with storage.local_file(storage.join(output, report.PAGE)) as page:
-        run.file(page, "report")
+    """Give the page to MLflow; a run that its canary stopped has written none."""
+    uri = storage.join(output, report.PAGE)
+    if storage.exists(uri):
+        with storage.local_file(uri) as page:
+            run.file(page, "report")
 
 
 def metrics(outcome: Outcome) -> dict[str, float]:
