@@ -212,7 +212,9 @@ def inspect_key(output: str, key: str, save: str) -> None:
     path = Path(save) / f"{key}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
     with storage.local_aside(path) as aside:
-        aside.write_bytes(sheet(report.read_thumbs(output, samples[0], SHEET_FRAMES, SHEET_PX)))
+        aside.write_bytes(
+            sheet(report.read_thumbs(output, samples[0], limit=SHEET_FRAMES, size=SHEET_PX))
+        )
     runtime.console.print(plain(f"saved    {path}"))
 
 

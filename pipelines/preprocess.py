@@ -1,6 +1,6 @@
 """Stages 1–7 chained into one Ray Data plan: a list of videos becomes a published dataset. The data half starts here.
 
-    voxceleb.read_list → download → tracks → crops → identities (embed) → shards (commit)      a row is a video
+    voxceleb.read_list → download → tracks → crops → identities (embed) → annotate → shards (commit)      a row is a video
         → identities (filter, split) → shards (pack) → index, ledger, report → dataset.json    a row is a shard
 
 Everything may be killed at any time: committed videos are skipped by the next run of the same command, and what is
@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 
 from models.frozen import weights
 from pipelines import (
+    annotate,
     archive,
     crops,
     download,
@@ -85,6 +86,8 @@ class PreprocessConfig:
     """Landmarks and windows."""
     identities: identities.IdentitiesConfig = field(default_factory=identities.IdentitiesConfig)
     """Embedding, identity filter and split."""
+    annotate: annotate.AnnotateConfig = field(default_factory=annotate.AnnotateConfig)
+    """Face parsing and head pose."""
     shards: shards.ShardsConfig = field(default_factory=shards.ShardsConfig)
     """Packing."""
     keep_work: bool = False
@@ -103,7 +106,14 @@ class PreprocessConfig:
     @property
     def stages(self) -> tuple[Any, ...]:
         """Configurations of the stages that run as actor pools, in order."""
-        return (self.download, self.tracks, self.crops, self.identities, self.shards)
+        return (
+            self.download,
+            self.tracks,
+            self.crops,
+            self.identities,
+            self.annotate,
+            self.shards,
+        )
 
     @property
     def minimum_cpus(self) -> float:
@@ -164,6 +174,7 @@ def check(config: PreprocessConfig) -> None:
         *tracks.weight_names(config.tracks),
         *crops.weight_names(config.crops),
         *identities.weight_names(config.identities),
+        *annotate.weight_names(config.annotate),
     ):
         weights.find(name)
 
@@ -282,7 +293,13 @@ def build_plan(videos: Iterable[Video], config: PreprocessConfig) -> Dataset:
     dataset = tracks.add_tracks(dataset, config.tracks)
     dataset = crops.add_crops(dataset, config.crops, config.tracks.decoder)
     dataset = identities.add_embeddings(dataset, config.identities)
-    return shards.add_commits(dataset, config.output, crops.describe(config.crops), config.shards)
+    dataset = annotate.add_annotations(dataset, config.annotate)
+    return shards.add_commits(dataset, config.output, describe_crop(config), config.shards)
+
+
+def describe_crop(config: PreprocessConfig) -> dict[str, Any]:
+    """What a reader must know about the windows of a dataset and what is stored with them."""
+    return annotate.describe(crops.describe(config.crops), config.annotate)
 
 
 def cache_uri(config: PreprocessConfig) -> str:
@@ -512,7 +529,7 @@ def publish(
         "list_sha256": list_sha256,
         "counts": tally.counts(),
         "splits": tally.splits(),
-        "members": crops.describe(config.crops) | identities.describe(config.identities),
+        "members": describe_crop(config) | identities.describe(config.identities),
         "buckets": buckets,
         "shards": listing,
         "index": shards.write_index(records, output) if records else {},

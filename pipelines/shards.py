@@ -477,7 +477,7 @@ def read_samples(tar: Path) -> list[dict[str, Any]]:
 
     Raises:
         DatasetError: not a tar, cut off, members of a sample not adjacent, or a sample without its JSON or with
-            another number of pictures than that says.
+            another number of pictures than that says, or labels for some of them only.
     """
     samples: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -509,12 +509,20 @@ def read_samples(tar: Path) -> list[dict[str, Any]]:
         if file.read(len(TAR_END) + 1) != TAR_END:
             raise DatasetError(f"{tar.name}: the end of the archive is missing")
     for sample in samples:
-        pictures = sum(name.endswith(".jpg") for name in sample["members"])
-        if pictures != sample["frames"]:
-            raise DatasetError(
-                f"{tar.name}: sample {sample['key']} has {pictures} pictures, its JSON says {sample['frames']}"
-            )
+        _check_pictures(tar.name, sample)
     return samples
+
+
+def _check_pictures(tar_name: str, sample: Mapping[str, Any]) -> None:
+    pictures, labels = (
+        sum(name.endswith(extension) for name in sample["members"])
+        for extension in (".jpg", ".png")
+    )
+    told = f"its JSON says {sample['frames']}"
+    if pictures != sample["frames"]:
+        raise DatasetError(f"{tar_name}: sample {sample['key']} has {pictures} pictures, {told}")
+    if labels not in (0, sample["frames"]):
+        raise DatasetError(f"{tar_name}: sample {sample['key']} has {labels} label maps, {told}")
 
 
 def index_row(record: Mapping[str, Any]) -> dict[str, Any]:

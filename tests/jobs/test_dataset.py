@@ -80,7 +80,7 @@ def test_inspect_prints_what_is_there(original: str, job: Job) -> None:
 def test_inspect_of_a_key_says_what_index_and_ledger_know(original: str, job: Job) -> None:
     assert job("inspect", "--dataset", original, "--key", "id01-v0-000") == 0
     assert (
-        "landmarks.npy, matrix.npy, scores.npy, embedding.npy, 000010.jpg, ..., 000030.jpg"
+        "landmarks.npy, matrix.npy, scores.npy, embedding.npy, 000010.jpg, ..., 000030.png"
         in job.out
     )
     assert job("inspect", "--dataset", original, "--key", "id05-v0-000") == 0
