@@ -123,9 +123,16 @@ def test_killed_and_rerun_gives_the_same_bytes(
 ) -> None:
     wanted, duration = undisturbed
     seconds = random.Random(who).uniform(0.3, 0.7) * duration
-    killed, _ = disturb(corpus, url, tmp_path, who, seconds, seed=0)
-    assert killed
-    assert fingerprint(tmp_path / "out") == wanted
+    for attempt in range(
+        3
+    ):  # the undisturbed run came first and may have been slower: then the kill comes too late
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        killed, _ = disturb(corpus, url, folder, who, seconds / 2**attempt, seed=attempt)
+        assert fingerprint(folder / "out") == wanted
+        if killed:
+            return
+    pytest.fail(f"no kill of a {who} came in time")
 
 
 @pytest.mark.soak

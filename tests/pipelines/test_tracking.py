@@ -39,7 +39,7 @@ def test_a_database_is_whole_or_not_there(tmp_path: Path) -> None:
         "from pipelines import tracking\n"
         "def end():\n"
         "    while not list(pathlib.Path(sys.argv[1]).iterdir()): time.sleep(0.005)\n"
-        "    time.sleep(0.3); os._exit(9)\n"
+        "    time.sleep(0.1); os._exit(9)\n"
         "threading.Thread(target=end, daemon=True).start()\n"
         "tracking.make_database(f'sqlite:///{sys.argv[1]}/mlflow.db')\n"
     )
