@@ -174,6 +174,7 @@ def test_rerun_of_a_finished_dataset_does_nothing(corpus: Path, url: str, tmp_pa
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, str]]]:
     """An empty bucket of a real S3-speaking server on loopback, and the environment that reaches it."""
     import boto3
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -187,6 +188,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, str
     }
     for name, value in reach.items():
         monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # of a server of another test
     boto3.client("s3").create_bucket(Bucket="headray")
     yield "s3://headray/data/out", reach
     server.stop()

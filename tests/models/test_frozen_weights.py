@@ -151,7 +151,7 @@ def test_the_shared_files_are_the_registered_ones(monkeypatch):
     with (SHARED / "weights" / "manifest.csv").open(newline="") as file:
         shared = {row["file"]: row for row in csv.DictReader(file)}
     here = [entry for entry in REGISTRY.values() if entry.file in shared]
-    assert {entry.name for entry in here} == {"yunet", "retinaface", "mobilefacenet"}
+    assert {entry.name for entry in here} == {"yunet", "retinaface", "mobilefacenet", "unet19"}
     for entry in here:
         assert find(entry.name) == SHARED / "weights" / entry.file
         assert shared[entry.file]["sha256"] == entry.sha256

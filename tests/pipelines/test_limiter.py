@@ -241,7 +241,11 @@ def test_processes_of_a_cluster_share_one_limiter_and_nodes_do_not_share_an_addr
     limits = ClusterLimiter("")
     assert limits.ask("site", manners).wait_seconds > 90
     ray.kill(ray.get_actor(ClusterLimiter.NAME, namespace=ClusterLimiter.NAMESPACE))
-    assert limits.ask("site", manners).wait_seconds == 0, "a new one, which knows nothing"
+    for _ in range(100):  # the kill may arrive after the next question
+        if limits.ask("site", manners).wait_seconds == 0:
+            return
+        time.sleep(0.2)
+    pytest.fail("no new limiter, which knows nothing, took over")
 
 
 @pytest.mark.slow

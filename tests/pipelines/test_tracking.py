@@ -12,6 +12,12 @@ from pipelines import tracking
 from tests.material import REPOSITORY
 
 
+@pytest.fixture(autouse=True)
+def _own_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow writes the store it was given into the environment; other tests must not find it there."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+
+
 def test_address_of_the_store_is_shown_without_its_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +64,7 @@ def test_a_submitted_job_records_beside_its_output_in_a_bucket(
 ) -> None:
     """The command of the summary fetches the database; artifacts are in the bucket from the start."""
     import boto3
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -72,6 +79,7 @@ def test_a_submitted_job_records_beside_its_output_in_a_bucket(
     ):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    s3fs.S3FileSystem.clear_instance_cache()  # of a server of another test
     boto3.client("s3").create_bucket(Bucket="headray")
     (tmp_path / "page.html").write_text("hello")
     store = tracking.find_store("s3://headray/out", submitted=True)
