@@ -17,9 +17,10 @@ import tyro
 from rich.table import Table
 
 from jobs import runtime
-from pipelines import preprocess, report, storage, tracking
+from pipelines import forecast, preprocess, replay, report, storage, tracking, voxceleb
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig
+from pipelines.forecast import Forecast, Range
 from pipelines.preprocess import Outcome, PreprocessConfig, Progress
 from pipelines.shards import ShardsConfig
 
@@ -48,10 +49,16 @@ def job() -> None:
         input=storage.absolute(config.input),
         output=storage.absolute(config.output),
     )
+    if config.plan:
+        return show_plan(config)
+    if config.replay:
+        return show_replay(config)
     preprocess.check(config)
     flat = runtime.record(config, config.output)
     store = tracking.find_store(config.output, runtime.submitted())
     runtime.connect(config.minimum_cpus)
+    if config.stop_after:
+        return save_rows(config)
     code = runtime.code_version()
     tags = {"git_commit": code["commit"], "dataset": config.output, "job": "preprocess"}
     with (
@@ -67,6 +74,95 @@ def job() -> None:
         run.metrics(metrics(outcome))
         run.record(outcome.manifest, "dataset.json")
     summarise(config, outcome, store)
+    return None
+
+
+def show_plan(config: PreprocessConfig) -> None:
+    """Forecast the run from a sample of its list; writes nothing to the output."""
+    say = runtime.console.print
+    videos = voxceleb.read_list(
+        config.input,
+        config.input_format,
+        url_template=config.download.url_template,
+        allow_local=config.download.allow_local,
+    )
+    say(f"asking about {config.plan_videos} videos of the list (no video is fetched)")
+    told = forecast.plan(videos, config)
+    table = Table(title="forecast", title_justify="left")
+    for column in ("", "expected", "95 % of samples say"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, expected, between in plan_rows(told):
+        table.add_row(name, expected, between)
+    say(table)
+    for cause, count in sorted(told.causes.items()):
+        say(f"  {count} of the sample: {cause}", markup=False)
+    say(
+        f"{told.num_asked} sampled videos answered. Frames, bytes and CPU-hours are of all that can be fetched: at most, "
+        "since what faces reject is known only from the pictures. CPU-hours are from rates in pipelines/forecast.py, "
+        "measured on another machine with the networks that come in wheels; nothing was timed here."
+    )
+    if told.num_sizes_assumed:
+        rate = forecast.ASSUMED_BITS_PER_SECOND / 1e6
+        say(
+            f"{told.num_sizes_assumed} sites told neither size nor rate: {rate:g} Mbit/s taken for them"
+        )
+
+
+def plan_rows(told: Forecast) -> list[tuple[str, str, str]]:
+    """Name, expected value and interval of each line of the forecast."""
+
+    def line(name: str, values: Range, scale: float = 1.0, digits: int = 0) -> tuple[str, str, str]:
+        low, expected, high = (
+            f"{value / scale:,.{digits}f}" for value in (values.low, values.expected, values.high)
+        )
+        return name, expected, f"{low} to {high}"
+
+    return [
+        ("videos in the list", f"{told.num_videos:,}", ""),
+        ("  usable by their entry in it", f"{told.num_usable:,}", ""),
+        line("videos that can be fetched", told.survivors),
+        line("to download, GB", told.download_bytes, 1e9, 2),
+        (
+            "hours for one address",
+            f"{told.address_hours:,.1f}",
+            f"{forecast.VIDEOS_PER_HOUR} videos/h",
+        ),
+        line("frames, at most", told.frames),
+        line("dataset, GB, at most", told.dataset_bytes, 1e9, 2),
+        line("disk for OUTPUT/work, GB", told.work_bytes, 1e9, 2),
+        line("CPU-hours", told.cpu_hours, 1, 1),
+    ]
+
+
+def save_rows(config: PreprocessConfig) -> None:
+    """Run up to a stage and save the rows that enter the next."""
+    with Progress(runtime.console.print) as progress:
+        folder = replay.stop_after(config, progress)
+    say = runtime.console.print
+    say(progress.line())
+    say(f"rows     {folder}")
+    say(f"next     the same command with --replay {replay.stage_after(config)} for --stop-after")
+
+
+def show_replay(config: PreprocessConfig) -> None:
+    """Run one stage on saved rows and print what it changed, video by video."""
+    replay.saved_keys(config)
+    runtime.connect(config.minimum_cpus)
+    say = runtime.console.print
+    count = differing = compared = 0
+    for told in replay.replay(config):
+        count += 1
+        say(f"{told['key']}  {told['seconds']:.2f} s", markup=False)
+        for change in told["changes"] or ["nothing changed"]:
+            say(f"  {change}", markup=False)
+        if told["since"] is not None:
+            compared += 1
+            differing += bool(told["since"])
+            for change in told["since"]:
+                say(f"  since the last replay: {change}", markup=False)
+    say(f"{count} videos through {config.replay}")
+    if compared:
+        say(f"{differing} of {compared} are not what the last replay made of them")
 
 
 def metrics(outcome: Outcome) -> dict[str, float]:

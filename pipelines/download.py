@@ -212,8 +212,8 @@ def run_child(request: Request, folder: Path) -> dict[str, Any]:
     return answer
 
 
-def make_request(config: DownloadConfig, **target: str) -> Request:
-    """The request for ``url=`` or ``path=``, with the cookies and the proxy of this machine."""
+def make_request(config: DownloadConfig, **target: Any) -> Request:
+    """The request for ``url=`` (and ``metadata_only=``) or ``path=``, with the cookies and the proxy of this machine."""
     return Request(
         deadline_seconds=config.deadline_seconds,
         min_height=config.min_height,

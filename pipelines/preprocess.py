@@ -1,7 +1,7 @@
 """Stages 1–7 chained into one Ray Data plan: a list of videos becomes a published dataset. The data half starts here.
 
-    voxceleb.read_list → download → tracks → crops → identities (embed) → shards (commit)      a row is a video
-        → identities (filter, split) → shards (pack) → index, ledger, report → dataset.json    a row is a shard
+    voxceleb.read_list → download → tracks → crops → identities (embed) → quality → shards (commit)   a row is a video
+        → quality (copies) → identities (filter, split) → shards (pack) → index, ledger, report → dataset.json    a row is a shard
 
 Everything may be killed at any time: committed videos are skipped by the next run of the same command, and what is
 published depends on the commits only.
@@ -20,20 +20,34 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import pyarrow.compute as pc
 
 from models.frozen import weights
-from pipelines import crops, download, identities, report, shards, storage, tracks, voxceleb
+from pipelines import (
+    crops,
+    download,
+    identities,
+    quality,
+    report,
+    shards,
+    storage,
+    tracks,
+    voxceleb,
+)
 from pipelines.schema import SCHEMA_VERSION, Video, batched, to_row
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-OPERATIONAL = ("input", "output", "keep_work", "window", "max_attempts")
+OPERATIONAL = (
+    "input", "output", "keep_work", "window", "max_attempts", "plan", "plan_videos", "stop_after",
+    "replay",
+)  # fmt: skip
 """Fields that change how a run goes but not what it makes; neither does any ``resources``."""
 
 
@@ -64,6 +78,8 @@ class PreprocessConfig:
     """Landmarks and windows."""
     identities: identities.IdentitiesConfig = field(default_factory=identities.IdentitiesConfig)
     """Embedding, identity filter and split."""
+    quality: quality.QualityConfig = field(default_factory=quality.QualityConfig)
+    """Which frames, tracks and copies are worth keeping."""
     shards: shards.ShardsConfig = field(default_factory=shards.ShardsConfig)
     """Packing."""
     keep_work: bool = False
@@ -72,17 +88,33 @@ class PreprocessConfig:
     """Videos per Ray Data plan, at most 5000: bounds the memory of driver and object store for any list."""
     max_attempts: int = 3
     """Runs that try a video whose failure may pass (rate limits, network) before it is left as failed."""
+    plan: bool = False
+    """Only forecast: ask about a sample of the list, print survivors, gigabytes and hours, fetch and write nothing."""
+    plan_videos: int = 20
+    """Videos that --plan asks about."""
+    stop_after: Literal["", "download", "tracks", "crops", "identities"] = ""
+    """For work on one stage: run all videos up to and with this one, save the rows below OUTPUT/work/rows, publish
+    nothing."""
+    replay: Literal["", "tracks", "crops", "identities", "quality"] = ""
+    """For work on one stage: run it alone on the rows that --stop-after saved for it, with any configuration, and print
+    what it changed."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.window <= 5000:
             raise ValueError(f"window must be between 1 and 5000 videos, got {self.window}")
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts must be at least 1, got {self.max_attempts}")
+        if self.plan_videos < 1:
+            raise ValueError(f"plan_videos must be at least 1, got {self.plan_videos}")
+        if self.plan + bool(self.stop_after) + bool(self.replay) > 1:
+            raise ValueError("plan, stop_after and replay are three different things: give one")
 
     @property
     def stages(self) -> tuple[Any, ...]:
         """Configurations of the stages that run as actor pools, in order."""
-        return (self.download, self.tracks, self.crops, self.identities, self.shards)
+        return (
+            self.download, self.tracks, self.crops, self.identities, self.quality, self.shards,
+        )  # fmt: skip
 
     @property
     def minimum_cpus(self) -> float:
@@ -227,11 +259,29 @@ def build_plan(videos: Iterable[Video], config: PreprocessConfig) -> Dataset:
 
     rows = [to_row(video) for video in videos]
     dataset: Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    dataset = download.add_downloads(dataset, config.download, cache_uri(config))
-    dataset = tracks.add_tracks(dataset, config.tracks)
-    dataset = crops.add_crops(dataset, config.crops)
-    dataset = identities.add_embeddings(dataset, config.identities)
-    return shards.add_commits(dataset, config.output, crops.describe(config.crops), config.shards)
+    for add in stage_adders(config).values():
+        dataset = add(dataset)
+    return shards.add_commits(dataset, config.output, describe_windows(config), config.shards)
+
+
+def stage_adders(config: PreprocessConfig) -> dict[str, Callable[[Dataset], Dataset]]:
+    """By name, in order, what appends each stage between list and commit to a plan over rows of videos."""
+    window = quality.Window(size=config.crops.size, columns=crops.SCORE_COLUMNS)
+    return {
+        "download": partial(
+            download.add_downloads, config=config.download, cache=cache_uri(config)
+        ),
+        "tracks": partial(tracks.add_tracks, config=config.tracks),
+        "crops": partial(crops.add_crops, config=config.crops),
+        "identities": partial(identities.add_embeddings, config=config.identities),
+        "quality": partial(quality.add_quality, window=window, config=config.quality),
+    }
+
+
+def describe_windows(config: PreprocessConfig) -> dict[str, Any]:
+    """What a reader of the dataset must know about its windows and their scores."""
+    told = crops.describe(config.crops)
+    return told | {"scores": [*told["scores"], *quality.SCORE_COLUMNS]}
 
 
 def cache_uri(config: PreprocessConfig) -> str:
@@ -380,9 +430,12 @@ def publish(
                         frames=commit.frames[key],
                         split=video.split,
                         embedding=track.embedding,
+                        window_side=track.scores["window_side"],
+                        hash_marks=quality.hash_marks(track.hashes),
+                        hashes=quality.hash_bytes(track.hashes),
                     )
                 )
-    decisions = identities.decide(candidates, config.identities)
+    decisions = decide(candidates, config)
     kept = [
         (decisions[item.key].split, item.identity, slices[item.key])
         for item in candidates
@@ -425,7 +478,7 @@ def publish(
         "list_sha256": list_sha256,
         "counts": tally.counts(),
         "splits": tally.splits(),
-        "members": crops.describe(config.crops) | identities.describe(config.identities),
+        "members": describe_windows(config) | identities.describe(config.identities),
         "buckets": buckets,
         "shards": listing,
         "index": shards.write_index(records, output) if records else {},
@@ -444,6 +497,19 @@ def publish(
         if name not in named:
             storage.remove(storage.join(output, "shards", name))
     return manifest, retryable
+
+
+def decide(
+    candidates: list[identities.Candidate], config: PreprocessConfig
+) -> dict[str, identities.Decision]:
+    """Which tracks are published in which split, by key: copies go first, so that they count for nothing else."""
+    copies = quality.find_duplicates(candidates, config.quality)
+    single = [item for item in candidates if item.key not in copies]
+    decisions = identities.decide(single, config.identities)
+    splits = {item.key: item.split for item in candidates}
+    for key, (cause, detail) in copies.items():
+        decisions[key] = identities.Decision(split=splits[key], cause=cause.value, detail=detail)
+    return decisions
 
 
 class Tally:
