@@ -30,6 +30,7 @@ from rich.text import Text
 
 from jobs import runtime
 from pipelines import report, shards, storage, upkeep
+from pipelines.schema import one_line
 from pipelines.shards import DatasetError
 
 SHEET_COLUMNS, SHEET_FRAMES, SHEET_PX = 6, 24, 256
@@ -89,10 +90,14 @@ class Takedown:
 def job() -> None:
     """Parse the verb and do it."""
     config = tyro.cli(Inspect | Verify | Repair | Report | Takedown, description=__doc__)
+    output = runtime.location("dataset", config.dataset)
     try:
-        output = storage.absolute(config.dataset)
-    except (ValueError, ImportError) as error:  # an unknown scheme, or one whose package is missing
-        raise DatasetError(f"--dataset {config.dataset}: {error}") from None
+        storage.exists(output)
+    except (
+        Exception
+    ) as error:  # every kind of storage has its own kinds; to the user they all say this
+        reason = f"{type(error).__name__}: {one_line(str(error), 200)}"
+        raise DatasetError(f"--dataset {config.dataset}: cannot be opened: {reason}") from error
     match config:
         case Inspect():
             inspect(output, config)
@@ -102,7 +107,7 @@ def job() -> None:
             repair(output)
         case Report():
             report.rebuild(output)
-            runtime.console.print(f"report   {storage.join(output, report.PAGE)}", markup=False)
+            runtime.console.print(f"report   {storage.join(output, report.PAGE)}")
         case Takedown():
             take_down(output, config)
 
@@ -207,7 +212,9 @@ def inspect_key(output: str, key: str, save: str) -> None:
     path = Path(save) / f"{key}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
     with storage.local_aside(path) as aside:
-        aside.write_bytes(sheet(report.read_thumbs(output, samples[0], SHEET_FRAMES, SHEET_PX)))
+        aside.write_bytes(
+            sheet(report.read_thumbs(output, samples[0], limit=SHEET_FRAMES, size=SHEET_PX))
+        )
     runtime.console.print(plain(f"saved    {path}"))
 
 
@@ -256,9 +263,7 @@ def verify(output: str) -> None:
         nonlocal said
         if time.perf_counter() - said > 30:
             said = time.perf_counter()
-            runtime.console.print(
-                f"[{said - started:6.0f} s] {done} of {total} shards", markup=False
-            )
+            runtime.console.print(f"[{said - started:6.0f} s] {done} of {total} shards")
 
     problems = shards.verify(output, told)
     for problem in problems:

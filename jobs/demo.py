@@ -265,7 +265,7 @@ def serve(folder: Path) -> Iterator[str]:
 def run_job(name: str, *arguments: str) -> int:
     """Run another job as a user would; returns its exit code."""
     command = [sys.executable, str(runtime.REPOSITORY / "jobs" / f"{name}.py"), *arguments]
-    runtime.console.print(f"\n$ python jobs/{name}.py {' '.join(arguments)}", markup=False)
+    runtime.console.print(f"\n$ python jobs/{name}.py {' '.join(arguments)}")
     return subprocess.run(command).returncode
 
 
@@ -297,7 +297,7 @@ def job() -> None:
         raise SystemExit(code)
     wrong = unexpected(dataset)
     for line in wrong:
-        say(f"unexpected: {line}", markup=False)
+        say(f"unexpected: {line}")
     if wrong:
         raise NothingUsableError("the demo's videos did not all end as they should (see above)")
     say(

@@ -1,8 +1,14 @@
 #!/usr/bin/env python
-"""List of videos → published dataset of face crops.
+"""List of videos → published dataset of face crops. Killed or interrupted, the same command goes on.
 
-python jobs/preprocess.py laptop --input vox2/ --output data/vox2
-ray job submit --working-dir . -- python jobs/preprocess.py voxceleb2 --input s3://.../vox2 --output s3://.../out
+    python jobs/preprocess.py --input my_videos/ --output data/mine
+    python jobs/preprocess.py voxceleb2 --input vox2_meta.zip --output data/vox2
+    ray job submit --working-dir . -- python jobs/preprocess.py voxceleb2 --input s3://... --output s3://...
+
+laptop keeps videos of any height and needs no downloaded weights; voxceleb2 wants 1080 lines and heads that are well
+inside the frame. --input and --output are all that is needed. docs/formats.md has an example of each form of list.
+
+Exit codes: 0 done, 2 wrong arguments or list, 3 nothing usable came out, 1 our fault.
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ from __future__ import annotations
 if not __package__:
     import script_path  # noqa: F401
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +24,12 @@ import tyro
 from rich.table import Table
 
 from jobs import runtime
-from pipelines import forecast, preprocess, replay, report, storage, tracking, voxceleb
+from pipelines import forecast, preprocess, replay, report, storage, tracking
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig
 from pipelines.forecast import Forecast, Range
-from pipelines.preprocess import Outcome, PreprocessConfig, Progress
+from pipelines.preprocess import NothingUsableError, Outcome, PreprocessConfig, Progress
+from pipelines.schema import Video
 from pipelines.shards import ShardsConfig
 
 PRESETS = {
@@ -46,46 +54,69 @@ def job() -> None:
     config = runtime.parse(PRESETS, __doc__ or "")
     config = replace(
         config,
-        input=storage.absolute(config.input),
-        output=storage.absolute(config.output),
+        input=runtime.location("input", config.input),
+        output=runtime.location("output", config.output),
     )
+    if archive := config.download.from_downloads:
+        absolute = replace(config.download, from_downloads=storage.absolute(archive))
+        config = replace(config, download=absolute)
     if config.plan:
-        return show_plan(config)
-    if config.replay:
-        return show_replay(config)
+        show_plan(config)
+    elif config.replay:
+        show_replay(config)
+    else:
+        make(config)
+
+
+def make(config: PreprocessConfig) -> None:
+    """Check everything, lock the output, record, and make the dataset or the rows of one stage."""
     preprocess.check(config)
-    flat = runtime.record(config, config.output)
+    videos = preprocess.open_list(config)
+    with preprocess.OutputLock(config.output):
+        flat = runtime.record(config, config.output)
+        if config.stop_after:
+            save_rows(config, videos)
+            return
+        outcome, store = publish(config, videos, flat)
+    summarise(config, outcome, store)
+
+
+def publish(
+    config: PreprocessConfig, videos: Iterator[Video], flat: dict[str, Any]
+) -> tuple[Outcome, tracking.Store]:
+    """Connect and run; MLflow keeps the flat configuration, what came out, and the report."""
     store = tracking.find_store(config.output, runtime.submitted())
-    runtime.connect(config.minimum_cpus)
-    if config.stop_after:
-        return save_rows(config)
-    code = runtime.code_version()
-    tags = {"git_commit": code["commit"], "dataset": config.output, "job": "preprocess"}
-    with (
-        tracking.open_run(store, "headray-preprocess", flat, tags) as run,
-        Progress(runtime.console.print) as progress,
-    ):
-        try:
-            outcome = preprocess.run(config, progress)
-        finally:
-            with storage.local_file(storage.join(config.output, report.PAGE)) as page:
-                if page.exists():
-                    run.file(page, "report")
+    tags = {
+        "git_commit": runtime.code_version()["commit"],
+        "dataset": config.output,
+        "job": "preprocess",
+    }
+    with tracking.open_run(store, "headray-preprocess", flat, tags) as run:
+        runtime.connect(config.minimum_cpus)
+        with Progress(runtime.console.print) as progress:
+            try:
+                outcome = preprocess.run(config, videos, progress)
+            except NothingUsableError:
+                log_report(run, config.output)
+                raise
+        log_report(run, config.output)
         run.metrics(metrics(outcome))
         run.record(outcome.manifest, "dataset.json")
-    summarise(config, outcome, store)
-    return None
+    return outcome, store
+
+
+def log_report(run: tracking.Run, output: str) -> None:
+    """Give the page to MLflow; a run that its canary stopped has written none."""
+    uri = storage.join(output, report.PAGE)
+    if storage.exists(uri):
+        with storage.local_file(uri) as page:
+            run.file(page, "report")
 
 
 def show_plan(config: PreprocessConfig) -> None:
     """Forecast the run from a sample of its list; writes nothing to the output."""
     say = runtime.console.print
-    videos = voxceleb.read_list(
-        config.input,
-        config.input_format,
-        url_template=config.download.url_template,
-        allow_local=config.download.allow_local,
-    )
+    videos = preprocess.open_list(config)
     say(f"asking about {config.plan_videos} videos of the list (no video is fetched)")
     told = forecast.plan(videos, config)
     table = Table(title="forecast", title_justify="left")
@@ -95,7 +126,7 @@ def show_plan(config: PreprocessConfig) -> None:
         table.add_row(name, expected, between)
     say(table)
     for cause, count in sorted(told.causes.items()):
-        say(f"  {count} of the sample: {cause}", markup=False)
+        say(f"  {count} of the sample: {cause}")
     say(
         f"{told.num_asked} sampled videos answered. Frames, bytes and CPU-hours are of all that can be fetched: at most, "
         "since what faces reject is known only from the pictures. CPU-hours are from rates in pipelines/forecast.py, "
@@ -134,10 +165,11 @@ def plan_rows(told: Forecast) -> list[tuple[str, str, str]]:
     ]
 
 
-def save_rows(config: PreprocessConfig) -> None:
-    """Run up to a stage and save the rows that enter the next."""
+def save_rows(config: PreprocessConfig, videos: Iterator[Video]) -> None:
+    """Run up to a stage and save the rows that enter the next; the output is locked."""
+    runtime.connect(config.minimum_cpus)
     with Progress(runtime.console.print) as progress:
-        folder = replay.stop_after(config, progress)
+        folder = replay.stop_after(config, videos, progress)
     say = runtime.console.print
     say(progress.line())
     say(f"rows     {folder}")
@@ -146,21 +178,27 @@ def save_rows(config: PreprocessConfig) -> None:
 
 def show_replay(config: PreprocessConfig) -> None:
     """Run one stage on saved rows and print what it changed, video by video."""
-    replay.saved_keys(config)
-    runtime.connect(config.minimum_cpus)
+    preprocess.check_weights(config)
+    keys = replay.saved_keys(config)
+    with preprocess.OutputLock(config.output):
+        runtime.connect(config.minimum_cpus)
+        show_changes(config, keys)
+
+
+def show_changes(config: PreprocessConfig, keys: list[str]) -> None:
+    """Replay on the rows of these videos; the output is locked."""
     say = runtime.console.print
-    count = differing = compared = 0
-    for told in replay.replay(config):
-        count += 1
-        say(f"{told['key']}  {told['seconds']:.2f} s", markup=False)
+    differing = compared = 0
+    for told in replay.replay(config, keys):
+        say(f"{told['key']}  {told['seconds']:.2f} s")
         for change in told["changes"] or ["nothing changed"]:
-            say(f"  {change}", markup=False)
+            say(f"  {change}")
         if told["since"] is not None:
             compared += 1
             differing += bool(told["since"])
             for change in told["since"]:
-                say(f"  since the last replay: {change}", markup=False)
-    say(f"{count} videos through {config.replay}")
+                say(f"  since the last replay: {change}")
+    say(f"{len(keys)} videos through {config.replay}")
     if compared:
         say(f"{differing} of {compared} are not what the last replay made of them")
 
@@ -190,9 +228,7 @@ def summarise(config: PreprocessConfig, outcome: Outcome, store: tracking.Store)
     funnel.add_row("videos", *_pair(counts["videos"], "listed"))
     funnel.add_row("tracks", *_pair(counts["tracks"], "found"))
     frames = counts["frames"]
-    funnel.add_row(
-        "frames", f"{frames['published'] + frames['dropped']:,}", f"{frames['published']:,}"
-    )
+    funnel.add_row("frames", f"{sum(frames.values()):,}", f"{frames['published']:,}")
     for split, numbers in manifest["splits"].items():
         funnel.add_row(
             f"  {split}", "", f"{numbers['videos']:,} videos / {numbers['identities']:,} identities"

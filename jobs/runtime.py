@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import traceback
@@ -19,16 +20,18 @@ from rich.console import Console
 
 from models.frozen.weights import WeightsError
 from pipelines import storage
+from pipelines.download import public
 from pipelines.preprocess import ConfigError, NothingUsableError
 from pipelines.shards import DatasetError
+from pipelines.tracking import TrackingError
 from pipelines.voxceleb import ListError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DONE, FAULT, USAGE, NOTHING = 0, 1, 2, 3
-USER_ERRORS = (ConfigError, DatasetError, ListError, WeightsError)
+USER_ERRORS = (ConfigError, DatasetError, ListError, TrackingError, WeightsError)
 
 Config = TypeVar("Config")
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 def parse(presets: Mapping[str, Config], description: str) -> Config:
@@ -46,11 +49,21 @@ def parse(presets: Mapping[str, Config], description: str) -> Config:
         if name not in presets:
             usage(f"preset {name!r} is unknown; the presets are {', '.join(names)}")
     default = presets[name]
-    told = f"{description}\n\nPresets: {', '.join(names)} (now: {name}; give it as the first word)."
+    told = description
+    if len(names) > 1:
+        told += f"\n\nPresets: {', '.join(names)} (now: {name}; give it as the first word)."
     try:
         return tyro.cli(type(default), default=default, args=arguments, description=told)
     except ValueError as error:  # a check in __post_init__, which names the field and the value
         usage(str(error))
+
+
+def location(flag: str, uri: str) -> str:
+    """The value of a flag that names a file or folder, made absolute; one that nothing here can open is usage."""
+    try:
+        return storage.absolute(uri)
+    except (ValueError, ImportError) as error:  # an unknown scheme, or one whose package is missing
+        usage(f"--{flag} {uri}: {error}")
 
 
 def usage(message: str) -> NoReturn:
@@ -78,19 +91,19 @@ def main(job: Callable[[], None]) -> None:
 
 
 def record(config: Any, output: str) -> dict[str, Any]:
-    """Print the resolved configuration and write it with the code's version as ``OUTPUT/config.json``.
+    """Print the resolved configuration and write it with the code's version as ``OUTPUT/config.json``, without secrets.
 
     Returns:
         the flat configuration (``download.min_height``), for MLflow.
     """
-    nested = dataclasses.asdict(config)
+    nested = public(dataclasses.asdict(config))
     flat = flatten(nested)
     console.print("configuration")
     own = {name: value for name, value in nested.items() if not isinstance(value, Mapping)}
     groups = {name: value for name, value in nested.items() if isinstance(value, Mapping)}
     for group, values in [("", own), *groups.items()]:
         told = " ".join(f"{name}={value!r}" for name, value in flatten(values).items())
-        console.print(f"  {group + ': ' if group else ''}{told}", markup=False)
+        console.print(f"  {group + ': ' if group else ''}{told}")
     content = {"config": nested, "code": code_version()}
     data = json.dumps(content, indent=1, sort_keys=True).encode()
     storage.write_atomic(storage.join(output, "config.json"), data)
@@ -129,6 +142,17 @@ def submitted() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def require_answer(address: str) -> None:
+    """End with 2 when nothing listens at ``HOST:PORT``: Ray itself would try for minutes and leave a page of stack."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():  # "auto"
+        return
+    try:
+        socket.create_connection((host.rpartition("/")[2], int(port)), 10).close()
+    except OSError as error:
+        usage(f"RAY_ADDRESS={address}: no cluster there ({error}); unset it to use this machine")
+
+
 def connect(minimum_cpus: float) -> None:
     """Join the cluster that ``RAY_ADDRESS`` names, else start a private one on this machine.
 
@@ -157,6 +181,7 @@ def connect(minimum_cpus: float) -> None:
             "working_dir": str(REPOSITORY),
             "excludes": [".git", ".venv", "demo", "mlartifacts", "mlflow.db"],
         }
+        require_answer(address)
         ray.init(
             address=address,
             runtime_env=environment,

@@ -49,8 +49,9 @@ from pipelines.schema import (
     reject_track,
     run_stage,
     select_frames,
+    use_one_thread,
 )
-from pipelines.video import Decoder, VideoError, VideoInfo
+from pipelines.video import Decoder, DecoderConfig, VideoError, VideoInfo
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -355,11 +356,11 @@ def _fill(sheets: list[Sheet], video: Video, decoder: Decoder, landmarker: Landm
 class Cropper:
     """Holds a decoder and a landmarker for the life of an actor."""
 
-    def __init__(self, config: CropsConfig) -> None:
-        cv2.setNumThreads(1)  # more speed comes from more actors
+    def __init__(self, config: CropsConfig, decoder: DecoderConfig | None = None) -> None:
         self.config = config
-        self.decoder = Decoder()
+        self.decoder = Decoder(decoder)
         self.landmarker = landmarkers.load_landmarker(config.landmarker)
+        use_one_thread()
 
     def __call__(self, row: VideoRow) -> VideoRow:
         """One video."""
@@ -370,14 +371,14 @@ class Cropper:
         return cut(video, self.decoder, self.landmarker, self.config)
 
 
-def add_crops(videos: Dataset, config: CropsConfig) -> Dataset:
+def add_crops(videos: Dataset, config: CropsConfig, decoder: DecoderConfig) -> Dataset:
     """Append the stage to a plan over :class:`VideoRow`."""
     import ray.data
 
     resources = config.resources
     return videos.map(
         Cropper,  # type: ignore[arg-type]
-        fn_constructor_kwargs={"config": config},
+        fn_constructor_kwargs={"config": config, "decoder": decoder},
         compute=ray.data.ActorPoolStrategy(
             min_size=resources.min_actors, max_size=resources.max_actors
         ),

@@ -1,4 +1,4 @@
-"""Stage 1. VideoRow → VideoRow, same count: fetch, check, hash and probe each video. Network.
+"""Stage 2. VideoRow → VideoRow, same count: fetch, check, hash and probe each video. Network.
 
 A child process (:mod:`pipelines.fetch_process`) runs yt-dlp and looks at the file; this side holds the wall clock,
 keeps secrets out of rows, and puts whole files into a cache where their name is their content::
@@ -6,7 +6,8 @@ keeps secrets out of rows, and puts whole files into a cache where their name is
     CACHE/<hh>/<sha256>.<ext>            the file as the site served it
     CACHE/records/<hh>/<request>.json    which file answers which (URL, format rule), and what was learned about it
 
-so that a second run fetches nothing. Cookies and proxies are read from a file and the environment where they are
+so that a second run fetches nothing. Before the network is used the cluster's limiter is asked
+(:mod:`pipelines.limiter`); what the site says about our address goes back to it. Cookies and proxies are read from a file and the environment where they are
 used; they appear in no row, log line or artifact, and a row keeps its URL without user name, password and signature.
 """
 
@@ -18,13 +19,16 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from pipelines import storage
@@ -36,13 +40,23 @@ from pipelines.fetch_process import (
     require_http,
     ytdlp_version,
 )
+from pipelines.limiter import (
+    ClusterLimiter,
+    Limits,
+    Manners,
+    Outcome,
+    Turn,
+    backoff_seconds,
+)
 from pipelines.schema import (
+    TRANSIENT,
     Cause,
     Member,
     StageResources,
     Video,
     VideoRow,
     from_row,
+    one_line,
     reject,
     run_stage,
     to_row,
@@ -55,16 +69,49 @@ PROXY_VARIABLE = "HEADRAY_PROXY"
 COOKIES_VARIABLE = "HEADRAY_COOKIES"
 
 OPERATIONAL = (
+    "download.backoff_seconds",
     "download.cache",
+    "download.canary",
     "download.cookies",
     "download.deadline_seconds",
+    "download.egress",
+    "download.first_pause_seconds",
+    "download.from_downloads",
+    "download.longest_pause_seconds",
+    "download.max_blocks",
+    "download.min_rate_bytes",
+    "download.pace",
     "download.proxy",
+    "download.rate_window_seconds",
     "download.retries",
     "download.socket_timeout_seconds",
+    "download.tries",
 )
 """Fields that change how a run goes but not what it makes."""
 
+YOUTUBE_HOSTS = ("youtube.com", "youtu.be", "youtube-nocookie.com", "googlevideo.com")
+YOUTUBE_GAP_SECONDS = (10.0, 20.0)
+"""Of yt-dlp's ``sleep`` preset: 240 videos an hour, below the 300 or so that a guest session gets."""
+
+BLOCKS = frozenset({Cause.DOWNLOAD_RATE_LIMITED, Cause.DOWNLOAD_BOT_CHECK})
+"""Causes that are about our address and not about the video: the whole address waits."""
+
+RECOVERS = frozenset(
+    {
+        Cause.DOWNLOAD_SERVER_ERROR,
+        Cause.DOWNLOAD_NETWORK,
+        Cause.DOWNLOAD_TRUNCATED,
+        Cause.DOWNLOAD_EMPTY,
+    }
+)
+"""Causes that may be gone in seconds: tried again in the same run. Other transient ones wait for the next run."""
+
+OWN_BLOCKS = 3
+"""Blocks that one video meets while others get through, after which they are taken to be its own fault."""
+
 REPOSITORY = Path(__file__).resolve().parents[1]
+FOLDER_PREFIX = "headray-fetch-"
+"""Of the temporary folder of one attempt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +134,32 @@ class DownloadConfig:
     """Silence of a server after which a connection is given up."""
     retries: int = 3
     """Times that a broken connection is taken up again within one attempt at a video."""
+    tries: int = 3
+    """Times that one run tries a video whose failure may be gone in seconds (network, server, truncated)."""
+    backoff_seconds: float = 2.0
+    """Wait before the second try; doubles with each, times 0.5 to 1.5."""
+    min_rate_bytes: float = 20_000.0
+    """Bytes a second; a server that stays below for a whole window is given up. 0: no floor."""
+    rate_window_seconds: float = 120.0
+    """Longer than the socket's time-out times (retries + 1), so that silence is told as a network failure."""
+    pace: Literal["auto"] | tuple[float, float] = "auto"
+    """Least and most seconds between the starts of two videos, for each egress address and site ("10 20"; "0 0": none).
+    auto: 10 to 20 for YouTube, none for any other host: that is a mirror of yours, or a server on loopback."""
+    egress: str = ""
+    """Name of the address that the downloads leave by, for nodes behind one NAT: they share its pace. Empty: the proxy
+    if one is set, one account if cookies are, else each node is its own address."""
+    first_pause_seconds: float = 60.0
+    """How long an address waits after a 429 or a bot check; doubles with each block in a row."""
+    longest_pause_seconds: float = 3600.0
+    """Bound of that pause."""
+    max_blocks: int = 7
+    """Blocks in a row after which an address is given up (by then it has waited two hours). With all of them given up
+    the rest of the list fails without counting an attempt."""
+    canary: str = ""
+    """Id or URL of a video that must be there: fetched first; if it fails, the run ends before it began (code 3)."""
+    from_downloads: str = ""
+    """Folder of videos fetched before, by yt-dlp or as a mirror of VoxCeleb, whose names hold their ids. They are taken
+    instead of the network. All nodes must see it under this path."""
     cookies: str = ""
     """Netscape cookie file of an account that may see the videos, on every node; also HEADRAY_COOKIES. Only read."""
     proxy: str = ""
@@ -106,11 +179,13 @@ class DownloadConfig:
                 "heights: 0 <= min_height <= max_height, "
                 f"got {self.min_height} and {self.max_height}"
             )
-        for name in ("max_height", "deadline_seconds", "max_bytes", "socket_timeout_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.retries < 0:
-            raise ValueError(f"retries must not be negative, got {self.retries}")
+        self._check_signs()
+        if self.pace != "auto" and not 0 <= self.pace[0] <= self.pace[1]:
+            raise ValueError(f"pace: 0 <= least <= most, got {self.pace}")
+        if self.canary and self.from_downloads:
+            raise ValueError(
+                "canary with from_downloads: nothing is fetched, so it would say nothing"
+            )
         if self.cookies and not Path(self.cookies).is_file():
             raise ValueError(f"cookies {self.cookies}: no such file")
         if "@" in self.proxy:
@@ -118,6 +193,17 @@ class DownloadConfig:
                 f"proxy with a user name: put it into the environment as {PROXY_VARIABLE}; "
                 "flags are recorded beside the results"
             )
+
+    def _check_signs(self) -> None:
+        for name in (
+            "max_height", "deadline_seconds", "max_bytes", "socket_timeout_seconds", "tries",
+            "rate_window_seconds", "first_pause_seconds", "longest_pause_seconds", "max_blocks",
+        ):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("retries", "backoff_seconds", "min_rate_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
 # ---------------------------------------------------------------------------------------------- secrets
@@ -144,6 +230,18 @@ def public_url(url: str) -> str:
     if any(SECRET_PARAMETER.match(name) for name, _ in named):
         query = urlencode([pair for pair in named if not SECRET_PARAMETER.match(pair[0])])
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
+
+
+def public(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as it may be recorded: every URL in it is :func:`public_url` of what it was."""
+    shown: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            shown[name] = public(value)
+        else:
+            is_url = isinstance(value, str) and "://" in value
+            shown[name] = public_url(value) if is_url else value
+    return shown
 
 
 def scrub(text: str, *hidden: str) -> str:
@@ -221,10 +319,22 @@ def make_request(config: DownloadConfig, **target: Any) -> Request:
         max_bytes=config.max_bytes,
         socket_timeout_seconds=config.socket_timeout_seconds,
         retries=config.retries,
-        cookies=config.cookies or os.environ.get(COOKIES_VARIABLE, ""),
-        proxy=config.proxy or os.environ.get(PROXY_VARIABLE, ""),
+        min_rate_bytes=config.min_rate_bytes,
+        rate_window_seconds=config.rate_window_seconds,
+        cookies=find_cookies(config),
+        proxy=find_proxy(config),
         **target,
     )
+
+
+def find_cookies(config: DownloadConfig) -> str:
+    """Path of the cookie file that this machine uses, or empty."""
+    return config.cookies or os.environ.get(COOKIES_VARIABLE, "")
+
+
+def find_proxy(config: DownloadConfig) -> str:
+    """URL of the proxy that this machine uses, with its secrets, or empty."""
+    return config.proxy or os.environ.get(PROXY_VARIABLE, "")
 
 
 # ---------------------------------------------------------------------------------------------- the cache
@@ -272,12 +382,18 @@ def file_sha256(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------- the stage
 
 
-def fetch(video: Video, config: DownloadConfig, cache: str) -> Video:
+def fetch(
+    video: Video,
+    config: DownloadConfig,
+    cache: str,
+    await_turn: Callable[[str], None] = lambda _: None,
+) -> Video:
     """Fetch one video, or take the file its list gave; check that it is whole, hash and probe it.
 
     Args:
         video: has ``url``, or a ``path`` that the list stage was allowed to give.
         cache: folder or URI of the content-addressed cache.
+        await_turn: called with the URL before the network is used; what the cache holds needs no turn.
 
     Returns:
         the video with ``blob``, ``sha256``, ``size``, ``source`` and ``probe``, or rejected with a cause of the
@@ -292,7 +408,7 @@ def fetch(video: Video, config: DownloadConfig, cache: str) -> Video:
         if video.path:
             return _take(video, config)
         video = replace(video, source={"yt_dlp": ytdlp_version()})
-        return _fetch_url(video, url, config, cache)
+        return _fetch_url(video, url, config, cache, await_turn)
     except RefusedError as refused:
         return reject(video, refused.cause, refused.detail)
 
@@ -302,7 +418,7 @@ def _take(video: Video, config: DownloadConfig) -> Video:
     try:
         with (
             storage.local_file(video.path) as path,
-            tempfile.TemporaryDirectory(prefix="headray-") as folder,
+            tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as folder,
         ):
             if not path.is_file():
                 raise FileNotFoundError
@@ -318,9 +434,14 @@ def _take(video: Video, config: DownloadConfig) -> Video:
         raise RefusedError(Cause.DOWNLOAD_NOT_FOUND, f"{video.path}: no such file") from None
 
 
-def _fetch_url(video: Video, url: str, config: DownloadConfig, cache: str) -> Video:
+def _fetch_url(
+    video: Video, url: str, config: DownloadConfig, cache: str, await_turn: Callable[[str], None]
+) -> Video:
     require_http(url)
-    record = find_cached(url, config, cache) or _download(url, config, cache)
+    record = find_cached(url, config, cache)
+    if record is None:
+        await_turn(url)
+        record = _download(url, config, cache)
     check_height(record["probe"]["height"], config.min_height)
     return replace(
         video,
@@ -334,7 +455,7 @@ def _fetch_url(video: Video, url: str, config: DownloadConfig, cache: str) -> Vi
 
 def _download(url: str, config: DownloadConfig, cache: str) -> dict[str, Any]:
     """Fetch a URL into the cache; returns its record."""
-    with tempfile.TemporaryDirectory(prefix="headray-") as name:
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as name:
         folder = Path(name)
         answer = run_child(make_request(config, url=url), folder)
         path = folder / answer["file"]
@@ -350,19 +471,163 @@ def _download(url: str, config: DownloadConfig, cache: str) -> dict[str, Any]:
     return record
 
 
+def remove_leftovers(older_seconds: float) -> int:
+    """Delete temporary folders that attempts of killed runs left on this machine; returns how many.
+
+    A folder's age tells: no attempt lives longer than its deadline. (Process numbers mean nothing across containers.)
+    """
+    oldest = time.time() - older_seconds
+    left = []
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):  # another actor of this machine was quicker
+            if folder.lstat().st_mtime < oldest:
+                left.append(folder)
+    for folder in left:
+        shutil.rmtree(folder, ignore_errors=True)
+    return len(left)
+
+
+# ---------------------------------------------------------------------------------------------- politeness
+
+
+def site_of(url: str) -> str:
+    """What counts as one site: ``youtube``, else the host."""
+    host = (urlsplit(url).hostname or "").lower()
+    is_youtube = any(host == name or host.endswith(f".{name}") for name in YOUTUBE_HOSTS)
+    return "youtube" if is_youtube else host
+
+
+def egress_address(config: DownloadConfig) -> str:
+    """What a site sees us as, without any secret; empty: each node is itself."""
+    if config.egress:
+        return config.egress
+    if proxy := find_proxy(config):
+        parts = urlsplit(proxy)
+        return f"proxy {parts.hostname}:{parts.port}"
+    return "account" if find_cookies(config) else ""
+
+
+def manners_towards(site: str, config: DownloadConfig) -> Manners:
+    """The pace and the pauses that ``config`` wants for a site."""
+    if config.pace != "auto":
+        gap = config.pace
+    else:
+        gap = YOUTUBE_GAP_SECONDS if site == "youtube" else (0.0, 0.0)
+    return Manners(
+        gap_seconds=gap,
+        first_pause_seconds=config.first_pause_seconds,
+        longest_pause_seconds=config.longest_pause_seconds,
+        max_blocks=config.max_blocks,
+        probe_seconds=config.deadline_seconds + 60,
+    )
+
+
+def judge(cause: str) -> Outcome:
+    """What the end of a fetch says about our address."""
+    if cause in BLOCKS:
+        return "blocked"
+    return "unclear" if cause in TRANSIENT else "passed"
+
+
+class Visit:
+    """The turn of one fetch: waits for it, and reports what came of it."""
+
+    def __init__(
+        self, config: DownloadConfig, limits: Limits, sleep: Callable[[float], None]
+    ) -> None:
+        self.config = config
+        self.limits = limits
+        self.sleep = sleep
+        self.turn: Turn | None = None
+        """None: the network was not needed."""
+
+    def await_turn(self, url: str) -> None:
+        """Return when ``url`` may be fetched. Raises :class:`RefusedError` when no address gets through any more."""
+        self.site = site_of(url)
+        self.manners = manners_towards(self.site, self.config)
+        while True:
+            self.turn = self.limits.ask(self.site, self.manners)
+            if self.turn.hopeless:
+                minutes = self.turn.wait_seconds / 60
+                detail = f"given up after {self.config.max_blocks} blocks in a row; try again in {minutes:.0f} minutes"
+                raise RefusedError(Cause(self.turn.hopeless), detail)
+            if not self.turn.wait_seconds:
+                return
+            self.sleep(self.turn.wait_seconds)
+
+    def report(self, cause: str) -> None:
+        """Tell the limiter what came of it."""
+        if self.turn and not self.turn.hopeless:
+            self.limits.report(self.site, self.turn, judge(cause), cause, self.manners)
+
+
+def fetch_politely(
+    video: Video,
+    config: DownloadConfig,
+    cache: str,
+    limits: Limits,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Video:
+    """:func:`fetch` in its turn, and again where that may help.
+
+    A block is the address's: the video is fetched again after the pause, as often as it takes, and if the address is
+    given up meanwhile, the video fails without having used an attempt. What may be gone in seconds is tried ``tries``
+    times. Everything else is final for this run.
+    """
+    tries, own_blocks, passed_before, told = 1, 0, -1, ""
+    while True:
+        visit = Visit(config, limits, sleep)
+        try:
+            fetched = fetch(video, config, cache, visit.await_turn)
+        except Exception:
+            visit.report(Cause.CRASH)  # or the others would wait for this probe
+            raise
+        visit.report(fetched.cause)
+        if visit.turn is None:
+            return fetched
+        if visit.turn.hopeless:
+            attempts = max(0, fetched.attempts - 1)
+            return replace(fetched, attempts=attempts, detail=one_line(fetched.detail + told))
+        if fetched.cause in BLOCKS:
+            told = f"; {fetched.detail}"
+            own_blocks += visit.turn.passed > passed_before
+            passed_before = visit.turn.passed
+            if own_blocks >= OWN_BLOCKS:
+                return fetched
+        elif fetched.cause in RECOVERS and tries < config.tries:
+            sleep(backoff_seconds(video.key, video.attempts, tries, config.backoff_seconds))
+            tries += 1
+        else:
+            return fetched
+
+
+def fetch_canary(config: DownloadConfig) -> Video:
+    """Fetch ``config.canary`` into nowhere, without the patience that is worth having in the middle of a run."""
+    url = config.canary
+    if "://" not in url:
+        url = config.url_template.replace("{video}", url)
+    video = Video(identity="canary", video="canary", url=url)
+    limits = ClusterLimiter(egress_address(config))
+    with tempfile.TemporaryDirectory(prefix="headray-") as cache:
+        return fetch_politely(video, replace(config, max_blocks=1), cache, limits)
+
+
 class Downloader:
     """Actor: one video at a time."""
 
     def __init__(self, config: DownloadConfig, cache: str) -> None:
         self.config = config
         self.cache = cache
+        self.limits = ClusterLimiter(egress_address(config))
+        remove_leftovers(2 * config.deadline_seconds + 3600)
 
     def __call__(self, row: VideoRow) -> VideoRow:
         video, members = from_row(row)
         address = video.url
 
         def download(video: Video, members: list[Member]) -> tuple[Video, list[Member]]:
-            return fetch(replace(video, url=address), self.config, self.cache), members
+            video = replace(video, url=address)
+            return fetch_politely(video, self.config, self.cache, self.limits), members
 
         # The row that run_stage would report a crash on must not hold the secrets of the URL either.
         return run_stage(

@@ -38,10 +38,10 @@ class Costs:
     """CPU seconds: the fetching process, its check, the index."""
     cpu_per_video_second: float = 0.46
     """CPU seconds: decoding a second of 1080 lines twice, and the search for cuts."""
-    cpu_per_frame: float = 0.12
-    """CPU seconds: detection, landmarks, window, embedding (0.076) and quality of a kept frame."""
-    bytes_per_frame: float = 56_000.0
-    """Of a sample, per frame with windows of 512 pixels at JPEG quality 95: mean of 334 frames of ten clips."""
+    cpu_per_frame: float = 0.15
+    """CPU seconds: detection, landmarks, window, embedding (0.076), quality and labels (0.03) of a kept frame."""
+    bytes_per_frame: float = 59_600.0
+    """Of a sample, per frame with windows of 512 pixels at JPEG quality 95 and their labels (3600): mean of 334 frames of ten clips."""
 
 
 COSTS = Costs()

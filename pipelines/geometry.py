@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -47,22 +46,6 @@ FOMM_MARGIN = 0.1
 """First order model: the union of a clip's WIDER FACE boxes, grown by this share of the longer side, per side."""
 IMPL_SIDE = 1.8
 """HeSer.Pytorch: 1.8 times the longer side of the 68 points' hull, eye line levelled."""
-
-
-HEAD_POINTS = np.array([17, 21, 22, 26, 36, 39, 42, 45, 31, 35, 48, 54, 57, 8])
-HEAD_MODEL = np.array(
-    [
-        (-6.83, -6.76, -4.40), (-1.33, -7.12, -6.90), (1.33, -7.12, -6.90), (6.83, -6.76, -4.40),
-        (-5.31, -5.49, -3.99), (-1.79, -5.39, -4.41), (1.79, -5.39, -4.41), (5.31, -5.49, -3.99),
-        (-2.01, -1.41, -6.17), (2.01, -1.41, -6.17),
-        (-2.77, 2.08, -5.05), (2.77, 2.08, -5.05), (0.0, 3.12, -6.10), (0.0, 7.42, -4.07),
-    ],
-)  # fmt: skip
-"""(14, 3) ends of the brows, corners of the eyes, sides of the nose, corners and lower edge of the mouth, and chin of an
-average head that looks into the camera: x to the picture's right, y down, z away from the camera, in centimetres."""
-HEAD_FOCAL = 1.0
-"""Focal length assumed, in longer sides of the picture. Faces of the test clips that look into the camera come out at
-most 10 degrees turned; with 4, like the crops of a long lens, noise of the points becomes up to 30 degrees."""
 
 
 # ---------------------------------------------------------------------------------------------- boxes
@@ -122,31 +105,6 @@ def face_parts(landmarks: ArrayLike) -> tuple[Floats, Floats, Floats]:
     """
     p = np.asarray(landmarks, dtype=np.float64)
     return p[36:42].mean(axis=0), p[42:48].mean(axis=0), (p[48] + p[54]) / 2
-
-
-def head_pose(landmarks: ArrayLike, size: Size) -> tuple[float, float, float]:
-    """Yaw, pitch and roll of a head in degrees, from 68 points by PnP with an average head; (nan, nan, nan) if it fails.
-
-    Args:
-        landmarks: (68, 2) pixels.
-        size: (width, height) of the picture they lie in; its centre is taken for the optical axis.
-
-    Yaw is positive when the face looks to the picture's right, pitch when it looks up, roll when the head is turned
-    clockwise in the picture; a head that looks ahead is turned by pitch, then yaw, then roll. Good to about 10 degrees, since heads differ.
-    """
-    points = np.asarray(landmarks, dtype=np.float64)[HEAD_POINTS]
-    width, height = size
-    focal = HEAD_FOCAL * max(size)
-    camera = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
-    found, turn, _ = cv2.solvePnP(HEAD_MODEL, points, camera, None, flags=cv2.SOLVEPNP_SQPNP)
-    if not found:
-        return (float("nan"),) * 3
-    matrix = cv2.Rodrigues(turn)[0]
-    yaw = np.arcsin(np.clip(matrix[2, 0], -1, 1))
-    pitch = -np.arctan2(matrix[2, 1], matrix[2, 2])
-    roll = np.arctan2(matrix[1, 0], matrix[0, 0])
-    angles = np.degrees([yaw, pitch, roll])
-    return float(angles[0]), float(angles[1]), float(angles[2])
 
 
 def heser_window(landmarks: ArrayLike, size: int, crop_scale: float = 1.0) -> Floats:

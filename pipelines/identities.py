@@ -39,6 +39,7 @@ from pipelines.schema import (
     reject_track,
     run_stage,
     select_frames,
+    use_one_thread,
 )
 
 if TYPE_CHECKING:
@@ -462,9 +463,9 @@ class IdentityEmbedder:
     """Holds an embedder for the life of an actor."""
 
     def __init__(self, config: IdentitiesConfig) -> None:
-        cv2.setNumThreads(1)  # more speed comes from more actors
         self.config = config
         self.embedder = embedders.load_embedder(config.embedder)
+        use_one_thread()
 
     def __call__(self, row: VideoRow) -> VideoRow:
         """One video."""

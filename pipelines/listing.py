@@ -11,14 +11,17 @@ import base64
 import hashlib
 import math
 import re
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from pipelines.download import public_url
 from pipelines.schema import ID_PATTERN, Cause, Span, Track, Video, end_if_empty, one_line, reject
 
 ANNOTATION_FPS = 25.0
@@ -64,6 +67,23 @@ def safe_name(name: str) -> str:
 def printable(text: str) -> str:
     """File names may hold bytes that are not UTF-8; records may not."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def shown(path: str) -> str:
+    """How messages and records name a list: printable, and a URL without its password and signature."""
+    return printable(public_url(path) if "://" in path else path)
+
+
+@contextmanager
+def open_whole(fs: Any, path: str) -> Iterator[IO[bytes]]:
+    """A file of ``fs`` for reading, a remote one as a temporary copy: not every server answers for parts of a file."""
+    if is_local(fs):
+        with fs.open(path, "rb") as stream:
+            yield stream
+        return
+    with tempfile.NamedTemporaryFile(prefix="headray-list-") as copy:
+        fs.get_file(path, copy.name)
+        yield copy
 
 
 def parse_number(text: str, where: str) -> float:
@@ -133,9 +153,9 @@ def open_location(uri: str) -> tuple[Any, str]:
         found = fs.exists(path)
     except Exception as error:  # every backend has its own kinds; to the user they all say this
         reason = f"{type(error).__name__}: {one_line(str(error), 200)}"
-        raise ListError(f"{uri}: cannot be opened: {reason}") from error
+        raise ListError(f"{shown(uri)}: cannot be opened: {reason}") from error
     if not found:
-        raise ListError(f"{uri}: no such file or folder")
+        raise ListError(f"{shown(uri)}: no such file or folder")
     return fs, path
 
 

@@ -1,10 +1,10 @@
-"""Stages 1–7 chained into one Ray Data plan: a list of videos becomes a published dataset. The data half starts here.
+"""Stages 1–8 chained into one Ray Data plan: a list of videos becomes a published dataset. The data half starts here.
 
-    voxceleb.read_list → download → tracks → crops → identities (embed) → quality → shards (commit)   a row is a video
-        → quality (copies) → identities (filter, split) → shards (pack) → index, ledger, report → dataset.json    a row is a shard
+    voxceleb.read_list → download → tracks → crops → identities (embed) → quality → annotate → shards (commit)
+        → quality (copies) → identities (filter, split) → shards (pack) → index, ledger, report → dataset.json
 
 Everything may be killed at any time: committed videos are skipped by the next run of the same command, and what is
-published depends on the commits only.
+published depends on the commits only. A row is a video until it is committed, then a shard.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ import pyarrow.compute as pc
 
 from models.frozen import weights
 from pipelines import (
+    annotate,
+    archive,
     crops,
     download,
     identities,
@@ -39,15 +41,27 @@ from pipelines import (
     tracks,
     voxceleb,
 )
-from pipelines.schema import SCHEMA_VERSION, Video, batched, to_row
+from pipelines.schema import SCHEMA_VERSION, Video, batched, one_line, to_row
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+UNNEEDED = storage.join(shards.WORK, "unneeded")
+"""A file that says that everything in the work folder is published and may go."""
+
 OPERATIONAL = (
-    "input", "output", "keep_work", "window", "max_attempts", "plan", "plan_videos", "stop_after",
+    "input",
+    "output",
+    "keep_work",
+    "window",
+    "max_attempts",
+    "plan",
+    "plan_videos",
+    "stop_after",
     "replay",
-)  # fmt: skip
+    "tracks.decoder.deadline_seconds",
+    "tracks.decoder.videos_per_child",
+)
 """Fields that change how a run goes but not what it makes; neither does any ``resources``."""
 
 
@@ -56,7 +70,7 @@ class ConfigError(ValueError):
 
 
 class NothingUsableError(RuntimeError):
-    """The run went through but nothing can be published: one line by cause, exit code 3."""
+    """Nothing can be published: one line that says why, exit code 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +93,9 @@ class PreprocessConfig:
     identities: identities.IdentitiesConfig = field(default_factory=identities.IdentitiesConfig)
     """Embedding, identity filter and split."""
     quality: quality.QualityConfig = field(default_factory=quality.QualityConfig)
-    """Which frames, tracks and copies are worth keeping."""
+    """Head pose; which frames, tracks and copies are worth keeping."""
+    annotate: annotate.AnnotateConfig = field(default_factory=annotate.AnnotateConfig)
+    """Face parsing."""
     shards: shards.ShardsConfig = field(default_factory=shards.ShardsConfig)
     """Packing."""
     keep_work: bool = False
@@ -92,10 +108,10 @@ class PreprocessConfig:
     """Only forecast: ask about a sample of the list, print survivors, gigabytes and hours, fetch and write nothing."""
     plan_videos: int = 20
     """Videos that --plan asks about."""
-    stop_after: Literal["", "download", "tracks", "crops", "identities"] = ""
+    stop_after: Literal["", "download", "tracks", "crops", "identities", "quality"] = ""
     """For work on one stage: run all videos up to and with this one, save the rows below OUTPUT/work/rows, publish
     nothing."""
-    replay: Literal["", "tracks", "crops", "identities", "quality"] = ""
+    replay: Literal["", "tracks", "crops", "identities", "quality", "annotate"] = ""
     """For work on one stage: run it alone on the rows that --stop-after saved for it, with any configuration, and print
     what it changed."""
 
@@ -113,8 +129,14 @@ class PreprocessConfig:
     def stages(self) -> tuple[Any, ...]:
         """Configurations of the stages that run as actor pools, in order."""
         return (
-            self.download, self.tracks, self.crops, self.identities, self.quality, self.shards,
-        )  # fmt: skip
+            self.download,
+            self.tracks,
+            self.crops,
+            self.identities,
+            self.quality,
+            self.annotate,
+            self.shards,
+        )
 
     @property
     def minimum_cpus(self) -> float:
@@ -127,7 +149,7 @@ class PreprocessConfig:
     def recipe(self) -> dict[str, Any]:
         """The part of the configuration that decides what the dataset contains, flat."""
         flat = {}
-        for name, value in _flat(dataclasses.asdict(self), ""):
+        for name, value in _flat(download.public(dataclasses.asdict(self)), ""):
             operational = name in OPERATIONAL or ".resources." in name
             if not operational and name not in download.OPERATIONAL:
                 flat[name] = value
@@ -162,6 +184,30 @@ def check(config: PreprocessConfig) -> None:
         ConfigError: the output holds something else, or a dataset of another recipe.
         models.frozen.weights.WeightsError: a network's file is missing or damaged.
     """
+    try:
+        _check_output(config)
+    except ConfigError:
+        raise
+    except (
+        Exception
+    ) as error:  # every kind of storage has its own kinds; to the user they all say this
+        reason = f"{type(error).__name__}: {one_line(str(error), 200)}"
+        raise ConfigError(f"--output {config.output}: cannot be used: {reason}") from error
+    check_weights(config)
+
+
+def check_weights(config: PreprocessConfig) -> None:
+    """Raises :class:`models.frozen.weights.WeightsError` if a network's file is missing or damaged."""
+    for name in (
+        *tracks.weight_names(config.tracks),
+        *crops.weight_names(config.crops),
+        *identities.weight_names(config.identities),
+        *annotate.weight_names(config.annotate),
+    ):
+        weights.find(name)
+
+
+def _check_output(config: PreprocessConfig) -> None:
     uri = storage.join(config.output, "config.json")
     try:
         before = json.loads(storage.read_bytes(uri))["config"]
@@ -189,17 +235,25 @@ def check(config: PreprocessConfig) -> None:
                 "use those values again or another --output"
             )
     probe = storage.join(config.output, shards.WORK, "write-test")
-    try:
-        storage.write_atomic(probe, b"ok")
-        storage.remove(probe)
-    except OSError as error:
-        raise ConfigError(f"--output {config.output}: cannot be written: {error}") from None
-    for name in (
-        *tracks.weight_names(config.tracks),
-        *crops.weight_names(config.crops),
-        *identities.weight_names(config.identities),
-    ):
-        weights.find(name)
+    storage.write_atomic(probe, b"ok")
+    storage.remove(probe)
+
+
+def open_list(config: PreprocessConfig) -> Iterator[Video]:
+    """The videos of the list, with their files if an archive is to give them.
+
+    Raises:
+        voxceleb.ListError: at once if the list cannot be read or is empty, or the archive is not there.
+    """
+    videos = voxceleb.read_list(
+        config.input,
+        config.input_format,
+        url_template=config.download.url_template,
+        allow_local=config.download.allow_local,
+    )
+    if config.download.from_downloads:
+        videos = archive.take_from(config.download.from_downloads, videos)
+    return videos
 
 
 @dataclass
@@ -216,8 +270,8 @@ class OutputLock:
 
     def __enter__(self) -> OutputLock:
         if not storage.create(self.uri, self._content()):
-            owner = json.loads(storage.read_bytes(self.uri))
-            if self._alive(owner):
+            owner = self._owner()
+            if owner and self._alive(owner):
                 raise ConfigError(
                     f"--output {self.output}: another run (host {owner['host']}, process {owner['pid']}) "
                     "is writing there; wait for it or stop it"
@@ -234,6 +288,17 @@ class OutputLock:
     def _content(self) -> bytes:
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
         return json.dumps(owner).encode()
+
+    def _owner(self) -> dict[str, Any]:
+        """Whoever holds the lock; empty when it was killed while it wrote its name."""
+        for _ in range(2):
+            try:
+                owner: dict[str, Any] = json.loads(storage.read_bytes(self.uri))
+            except (ValueError, FileNotFoundError):
+                time.sleep(0.5)  # it may be writing just now
+            else:
+                return owner
+        return {}
 
     def _alive(self, owner: Mapping[str, Any]) -> bool:
         if owner["host"] == socket.gethostname():
@@ -272,16 +337,18 @@ def stage_adders(config: PreprocessConfig) -> dict[str, Callable[[Dataset], Data
             download.add_downloads, config=config.download, cache=cache_uri(config)
         ),
         "tracks": partial(tracks.add_tracks, config=config.tracks),
-        "crops": partial(crops.add_crops, config=config.crops),
+        "crops": partial(crops.add_crops, config=config.crops, decoder=config.tracks.decoder),
         "identities": partial(identities.add_embeddings, config=config.identities),
         "quality": partial(quality.add_quality, window=window, config=config.quality),
+        "annotate": partial(annotate.add_annotations, config=config.annotate),
     }
 
 
 def describe_windows(config: PreprocessConfig) -> dict[str, Any]:
-    """What a reader of the dataset must know about its windows and their scores."""
+    """What a reader must know about the windows of a dataset and what is stored with them."""
     told = crops.describe(config.crops)
-    return told | {"scores": [*told["scores"], *quality.SCORE_COLUMNS]}
+    scores = [*told["scores"], *quality.SCORE_COLUMNS]
+    return told | {"scores": scores} | annotate.describe(config.annotate)
 
 
 def cache_uri(config: PreprocessConfig) -> str:
@@ -289,26 +356,25 @@ def cache_uri(config: PreprocessConfig) -> str:
     return config.download.cache or storage.join(config.output, shards.WORK, "downloads")
 
 
-def run(config: PreprocessConfig, progress: Progress) -> Outcome:
-    """Make, or finish, the dataset of ``config``. Ray must be connected and :func:`check` passed.
+def run(config: PreprocessConfig, videos: Iterable[Video], progress: Progress) -> Outcome:
+    """Make, or finish, the dataset of ``config``. Ray must be connected, :func:`check` passed, the output locked.
 
     Args:
         config: output and input absolute.
+        videos: of :func:`open_list`.
         progress: told of each committed video and each packed shard.
 
     Raises:
-        voxceleb.ListError: the list cannot be read or is empty.
-        ConfigError: another run is writing, or the list has grown and the work folder is gone.
-        NothingUsableError: nothing passed; ledger and report are written all the same.
+        voxceleb.ListError: reading the list broke off.
+        ConfigError: the list has changed and the work folder is gone.
+        NothingUsableError: nothing passed; ledger and report are written all the same. Or the canary failed.
     """
     started = time.perf_counter()
-    configure_ray_data(config)
-    with OutputLock(config.output):
-        storage.remove_temporary(config.output)
-        keys, stage_seconds, new_videos = process(config, progress)
-        manifest, retryable = publish(config, keys, progress)
-        if not config.keep_work and not retryable:
-            storage.remove(storage.join(config.output, shards.WORK))
+    prepare(config)
+    keys, stage_seconds, new_videos = process(config, videos, progress)
+    manifest, retryable = publish(config, keys, progress)
+    if not config.keep_work and not retryable:
+        drop_work(config.output)
     return Outcome(
         manifest=manifest,
         seconds=time.perf_counter() - started,
@@ -318,6 +384,32 @@ def run(config: PreprocessConfig, progress: Progress) -> Outcome:
     )
 
 
+def prepare(config: PreprocessConfig) -> None:
+    """What comes before the first video: what killed runs left goes, and the canary is fetched.
+
+    Raises:
+        NothingUsableError: the canary failed.
+    """
+    configure_ray_data(config)
+    storage.remove_temporary(config.output)
+    if storage.exists(storage.join(config.output, UNNEEDED)):
+        drop_work(config.output)
+    if config.download.canary:
+        require_canary(config.download)
+
+
+def drop_work(output: str) -> None:
+    """Delete the work folder of a published dataset.
+
+    Half a work folder would look like an unfinished dataset whose other half must be fetched again, perhaps from sites
+    that no longer have it. So a mark goes in first and out last, and the next run of a killed one begins with the rest.
+    """
+    storage.write_atomic(storage.join(output, UNNEEDED), b"")
+    for name in ("packed", "parts", "downloads"):
+        storage.remove(storage.join(output, shards.WORK, name))
+    storage.remove(storage.join(output, shards.WORK))
+
+
 def configure_ray_data(config: PreprocessConfig) -> None:
     """Block size, progress and time-outs of Ray Data in this process."""
     import ray.data
@@ -325,11 +417,30 @@ def configure_ray_data(config: PreprocessConfig) -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 64 * 2**20
-    context.execution_no_progress_timeout_s = max(1800, 3 * int(config.download.deadline_seconds))
+    patience = download.manners_towards("", config.download).patience_seconds
+    deadlines = 3 * config.download.deadline_seconds
+    context.execution_no_progress_timeout_s = max(1800, int(deadlines + patience))
+
+
+def require_canary(config: download.DownloadConfig) -> None:
+    """Fetch the canary on a node of the cluster, where the videos will be fetched.
+
+    Raises:
+        NothingUsableError: it failed, so the list would too.
+    """
+    import ray
+
+    fetch = ray.remote(num_cpus=config.resources.num_cpus)(download.fetch_canary)
+    canary = ray.get(fetch.remote(config))
+    if not canary.live:
+        raise NothingUsableError(
+            f"the canary {canary.url} could not be fetched: {canary.cause} ({canary.detail}); nothing of the list was tried. "
+            "Update yt-dlp, wait, or give another --download.canary"
+        )
 
 
 def process(
-    config: PreprocessConfig, progress: Progress
+    config: PreprocessConfig, videos: Iterable[Video], progress: Progress
 ) -> tuple[list[str], dict[str, float], int]:
     """Run every video of the list that has no commit yet, window by window.
 
@@ -338,16 +449,11 @@ def process(
     """
     done, failed = shards.committed(config.output)
     published = set() if done or failed else published_keys(config.output)
+    finished = done | published
     takedowns = shards.read_takedowns(config.output)
     keys: list[str] = []
     seconds: Counter[str] = Counter()
     count = 0
-    videos = voxceleb.read_list(
-        config.input,
-        config.input_format,
-        url_template=config.download.url_template,
-        allow_local=config.download.allow_local,
-    )
     for window in batched(videos, config.window):
         keys += [video.key for video in window]
         progress.listed(len(keys))
@@ -359,8 +465,7 @@ def process(
         todo = [
             shards.honour(replace(video, attempts=attempts.get(video.key, 0) + 1), takedowns)
             for video in window
-            if video.key not in done | published
-            and attempts.get(video.key, 0) < config.max_attempts
+            if video.key not in finished and attempts.get(video.key, 0) < config.max_attempts
         ]
         progress.skipped(len(window) - len(todo))
         if not todo:
@@ -374,6 +479,11 @@ def process(
             progress.video(row)
             seconds.update(json.loads(row["seconds"]))
             count += 1
+    if missing := sorted(published.difference(keys)):
+        raise ConfigError(
+            f"--output {config.output}: published with {missing[0]}, which the list no longer has, and its work "
+            "folder is gone; take videos out with jobs/dataset.py takedown, or make a new --output"
+        )
     return keys, dict(seconds), count
 
 
@@ -522,6 +632,7 @@ class Tally:
         self.identities: set[str] = set()
         self.by_split: dict[str, dict[str, set[str]]] = {}
         self.frames: Counter[str] = Counter()
+        self.lost_frames = 0
         self.tracks: Counter[str] = Counter()
 
     def see(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -539,6 +650,7 @@ class Tally:
             self.frames[row["split"]] += row["frames"]
         if kind == "track":
             self.dropped.update(dict(row["dropped"]))
+            self.lost_frames += 0 if row["state"] == "published" else row["frames"]
         return row
 
     def splits(self) -> dict[str, dict[str, int]]:
@@ -562,6 +674,7 @@ class Tally:
             "tracks": {"found": self.states["track"].total(), **_sorted(self.states["track"])},
             "frames": {
                 "published": self.frames.total(),
+                "in_rejected_tracks": self.lost_frames,
                 "dropped": self.dropped.total(),
             },
             "causes": {

@@ -25,12 +25,12 @@ from pipelines.geometry import (
     box_sizes,
     compose,
     fit_similarity,
-    head_pose,
     invert,
     square_matrix,
     transform,
     warp,
 )
+from pipelines.headpose import head_pose
 from pipelines.identities import Candidate
 from pipelines.schema import (
     Cause,
@@ -56,8 +56,8 @@ Grey = NDArray[np.uint8]
 
 SCORE_COLUMNS = ("face_px", "yaw", "pitch", "roll", "change")
 """Columns that this stage appends to ``KEY.scores.npy``, and names of their medians in ``Track.scores``: mean side of the
-face box in source pixels, :func:`pipelines.geometry.head_pose` in degrees with roll as in the frame, and how much the
-face differs from the track's frame before (:func:`difference`)."""
+face box in source pixels, :func:`pipelines.headpose.head_pose` in degrees, and how much the face differs from the track's
+frame before (:func:`difference`)."""
 
 GREY_PX = 128
 """Windows are looked at in grey and shrunk to this side, or to the next power of two above it."""
@@ -264,11 +264,13 @@ def hash_bytes(hashes: Iterable[tuple[float, float, float, str]]) -> NDArray[np.
 # ---------------------------------------------------------------------------------------------- one track
 
 
-def poses(landmarks: Floats, matrices: Floats, size: int) -> Floats:
-    """Yaw, pitch and roll of each frame, (n, 3) degrees; the window's own turn is put back into roll."""
-    angles = np.array([head_pose(points, (size, size)) for points in landmarks])
-    angles[:, 2] -= np.degrees(np.arctan2(matrices[:, 1, 0], matrices[:, 0, 0]))
-    return angles
+def poses(landmarks: Floats, matrices: Floats) -> Floats:
+    """Yaw, pitch and roll (n, 3) of windows' landmarks (n, 68, 2) and matrices (n, 2, 3), seen in the frame."""
+    found = [
+        head_pose(transform(invert(matrix), points))
+        for matrix, points in zip(matrices, landmarks, strict=True)
+    ]
+    return np.array(found)
 
 
 def objections(
@@ -322,7 +324,7 @@ def judge_track(
     scores = np.column_stack(
         [
             box_sizes(track.boxes).mean(axis=1),
-            poses(landmarks, matrices, window.size),
+            poses(landmarks, matrices),
             frame_changes(greys, window.size, landmarks, matrices),
         ]
     )

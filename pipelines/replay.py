@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import shards, storage, voxceleb
+from pipelines import shards, storage
 from pipelines.preprocess import (
     ConfigError,
-    OutputLock,
     PreprocessConfig,
     Progress,
     configure_ray_data,
+    prepare,
     stage_adders,
 )
 from pipelines.schema import Track, Video, VideoRow, batched, from_row, to_row
@@ -134,45 +134,41 @@ def stage_after(config: PreprocessConfig) -> str:
     return names[names.index(config.stop_after) + 1]
 
 
-def stop_after(config: PreprocessConfig, progress: Progress) -> str:
+def stop_after(config: PreprocessConfig, videos: Iterable[Video], progress: Progress) -> str:
     """Run all videos of the list up to ``config.stop_after`` and save what comes out; returns the folder.
 
-    Ray must be connected and :func:`pipelines.preprocess.check` passed. Rows of an earlier run are replaced; commits
-    are neither read nor written.
+    Ray must be connected, :func:`pipelines.preprocess.check` passed, the output locked. Rows of an earlier run are
+    replaced; commits are neither read nor written.
+
+    Raises:
+        pipelines.preprocess.NothingUsableError: the canary failed.
     """
     import ray.data
 
-    configure_ray_data(config)
+    prepare(config)
     stage = stage_after(config)
     folder = rows_uri(config.output, stage)
     takedowns = shards.read_takedowns(config.output)
     listed = 0
-    with OutputLock(config.output):
-        storage.remove(folder)
-        storage.remove(rows_uri(config.output, stage, replayed=True))
-        videos = voxceleb.read_list(
-            config.input,
-            config.input_format,
-            url_template=config.download.url_template,
-            allow_local=config.download.allow_local,
+    storage.remove(folder)
+    storage.remove(rows_uri(config.output, stage, replayed=True))
+    for window in batched(videos, config.window):
+        listed += len(window)
+        progress.listed(listed)
+        rows = [to_row(shards.honour(video, takedowns)) for video in window]
+        dataset: Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+        for name, add in stage_adders(config).items():
+            if name != stage:
+                dataset = add(dataset)
+            else:
+                break
+        saved = dataset.map(
+            _save,  # type: ignore[arg-type]
+            fn_kwargs={"folder": folder},
+            num_cpus=0.25,
         )
-        for window in batched(videos, config.window):
-            listed += len(window)
-            progress.listed(listed)
-            rows = [to_row(shards.honour(video, takedowns)) for video in window]
-            dataset: Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-            for name, add in stage_adders(config).items():
-                if name != stage:
-                    dataset = add(dataset)
-                else:
-                    break
-            saved = dataset.map(
-                _save,  # type: ignore[arg-type]
-                fn_kwargs={"folder": folder},
-                num_cpus=0.25,
-            )
-            for row in saved.iter_rows():
-                progress.video(row)
+        for row in saved.iter_rows():
+            progress.video(row)
     return folder
 
 
@@ -196,41 +192,40 @@ def saved_keys(config: PreprocessConfig) -> list[str]:
     return names
 
 
-def replay(config: PreprocessConfig) -> Iterator[dict[str, Any]]:
-    """Run the stage ``config.replay`` alone on the rows that were saved for it. Ray must be connected.
+def replay(config: PreprocessConfig, keys: list[str]) -> Iterator[dict[str, Any]]:
+    """Run the stage ``config.replay`` alone on the rows that were saved for it. Ray must be connected, the output locked.
+
+    Args:
+        config: of the run.
+        keys: of :func:`saved_keys`.
 
     Yields:
         of each video ``key``, ``seconds`` of the stage, ``changes`` it made, and ``since``: what differs from the last
         replay (None when there was none), both as lists of lines.
-
-    Raises:
-        ConfigError: no rows were saved.
     """
     import ray.data
 
     configure_ray_data(config)
     stage = config.replay
     folder = rows_uri(config.output, stage)
-    names = saved_keys(config)
     last = rows_uri(config.output, stage, replayed=True)
-    with OutputLock(config.output):
-        for window in batched(names, config.window):
-            keys = [{"key": name} for name in window]
-            dataset: Dataset = ray.data.from_items(keys, override_num_blocks=len(keys))
-            dataset = dataset.map(
-                _load,  # type: ignore[arg-type]
-                fn_kwargs={"folder": folder},
-                num_cpus=0.25,
-            )
-            dataset = stage_adders(config)[stage](dataset)
-            told = {"stage": stage, "folder": folder, "last": last}
-            compared = dataset.map(
-                _compare,  # type: ignore[arg-type]
-                fn_kwargs=told,
-                num_cpus=0.25,
-            )
-            for row in compared.iter_rows():
-                yield json.loads(row["answer"])
+    for window in batched(keys, config.window):
+        rows = [{"key": key} for key in window]
+        dataset: Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+        dataset = dataset.map(
+            _load,  # type: ignore[arg-type]
+            fn_kwargs={"folder": folder},
+            num_cpus=0.25,
+        )
+        dataset = stage_adders(config)[stage](dataset)
+        told = {"stage": stage, "folder": folder, "last": last}
+        compared = dataset.map(
+            _compare,  # type: ignore[arg-type]
+            fn_kwargs=told,
+            num_cpus=0.25,
+        )
+        for row in compared.iter_rows():
+            yield json.loads(row["answer"])
 
 
 def _load(row: Mapping[str, Any], folder: str) -> VideoRow:

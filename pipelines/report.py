@@ -1,4 +1,4 @@
-"""Stage 8. Ledger, samples and manifest → one self-contained HTML page: what is in a dataset, what is not, and why. CPU.
+"""Stage 9. Ledger, samples and manifest → one self-contained HTML page: what is in a dataset, what is not, and why. CPU.
 
 Lists come from anywhere, so every text is escaped and no address becomes a link. Everything shown is capped and what
 is capped says so: the page of a million videos is as long as that of a hundred.
@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from models.frozen.parsing import Labels, ParsingLabel
 from pipelines import shards, storage
+from pipelines.annotate import decode_labels
 from pipelines.schema import npy_array
 from pipelines.timemap import Relation
 
@@ -62,6 +65,28 @@ PARTS = (
 # fmt: on
 """iBUG 68: points of each facial part in drawing order, and whether its line closes."""
 LINE_RGB = (0, 255, 140)
+
+LABEL_RGB = {
+    ParsingLabel.SKIN: (255, 176, 120),
+    ParsingLabel.L_BROW: (150, 90, 40),
+    ParsingLabel.R_BROW: (110, 60, 20),
+    ParsingLabel.L_EYE: (0, 200, 255),
+    ParsingLabel.R_EYE: (0, 130, 255),
+    ParsingLabel.GLASSES: (255, 255, 255),
+    ParsingLabel.L_EAR: (255, 120, 180),
+    ParsingLabel.R_EAR: (210, 70, 140),
+    ParsingLabel.EARRING: (255, 230, 0),
+    ParsingLabel.NOSE: (120, 220, 90),
+    ParsingLabel.MOUTH: (90, 0, 0),
+    ParsingLabel.UPPER_LIP: (230, 30, 60),
+    ParsingLabel.LOWER_LIP: (180, 0, 40),
+    ParsingLabel.NECK: (200, 150, 255),
+    ParsingLabel.NECKLACE: (255, 200, 0),
+    ParsingLabel.CLOTH: (60, 110, 220),
+    ParsingLabel.HAIR: (150, 60, 200),
+    ParsingLabel.HAT: (0, 150, 130),
+}
+"""Colour of each label of a window; the background has none."""
 
 
 def write(output: str, manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
@@ -115,10 +140,11 @@ def _write_page(
     page = environment.get_template("report.html.jinja").render(
         manifest=manifest,
         colours=STAGE_ORDER,
-        bars=funnel(manifest["counts"], frames_lost(ledger)),
+        bars=funnel(manifest["counts"]),
         causes=cause_tables(manifest["counts"]["causes"], ledger),
         histograms=histograms(ledger, manifest["config"]),
         sheets=sheets,
+        legend=legend(sheets),
         time_maps=time_maps(output),
         rejected=rejected_tracks(ledger),
         stages=stage_seconds(ledger),
@@ -168,11 +194,6 @@ def choose(ledger: pa.Table) -> dict[str, int]:
     return chosen
 
 
-def frames_lost(ledger: pa.Table) -> int:
-    """Frames that were cut, in tracks that the identity filter rejected afterwards."""
-    return int(pc.sum(_rows(ledger, "track", published=False)["frames"]).as_py() or 0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Bar:
     """One line of the funnel."""
@@ -187,20 +208,15 @@ class Bar:
 STAGE_ORDER = ("list", "download", "video", "timeline", "annotation", "track", "crop", "identity")
 
 
-def funnel(counts: Mapping[str, Any], lost_frames: int) -> list[Bar]:
-    """What went in and what came out.
-
-    Args:
-        counts: of the manifest.
-        lost_frames: of :func:`frames_lost`.
-    """
+def funnel(counts: Mapping[str, Any]) -> list[Bar]:
+    """What went in and what came out, by the counts of the manifest."""
     identities, videos, tracks, frames = (
         counts[kind] for kind in ("identities", "videos", "tracks", "frames")
     )
     gone = identities["listed"] - identities["published"]
     frame_losses = _by_stage(counts["causes"]["frames"])
-    if lost_frames:
-        frame_losses.append(("of rejected tracks", lost_frames))
+    if frames["in_rejected_tracks"]:
+        frame_losses.append(("of rejected tracks", frames["in_rejected_tracks"]))
     return [
         Bar(
             name="identities",
@@ -222,7 +238,7 @@ def funnel(counts: Mapping[str, Any], lost_frames: int) -> list[Bar]:
         ),
         Bar(
             name="frames",
-            total=frames["published"] + frames["dropped"] + lost_frames,
+            total=sum(frames.values()),
             kept=frames["published"],
             losses=frame_losses,
         ),
@@ -443,21 +459,49 @@ class Thumb:
     """(size, size, 3) RGB."""
     time: float
     """Seconds."""
+    overlay: NDArray[np.uint8]
+    """(size, size, 3) RGB, the frame with its labels in colour; (0, 0, 3) where it has none or they are not shown."""
+    seen: frozenset[ParsingLabel]
+    """Labels in ``overlay``."""
 
     @property
     def jpeg(self) -> str:
-        """Base64 of a JPEG, for a ``data:`` address."""
-        bgr = cv2.cvtColor(self.image, cv2.COLOR_RGB2BGR)
-        # full colour resolution: halved, thin lines lose their colour
-        sampling = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
-        coded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 80, *sampling])[1]
-        return base64.b64encode(coded.tobytes()).decode()
+        """Base64 of ``image`` as a JPEG, for a ``data:`` address."""
+        return _jpeg(self.image)
+
+    @property
+    def overlay_jpeg(self) -> str:
+        """Base64 of ``overlay``; empty where there is none."""
+        return _jpeg(self.overlay) if self.overlay.size else ""
+
+
+def _jpeg(image: NDArray[np.uint8]) -> str:
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    # full colour resolution: halved, thin lines lose their colour
+    sampling = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
+    coded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 80, *sampling])[1]
+    return base64.b64encode(coded.tobytes()).decode()
+
+
+def legend(sheets: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(name, CSS colour) of every label that some overlay shows, in their order."""
+    seen = {
+        label
+        for sheet in sheets
+        for track in sheet["tracks"]
+        for thumb in track["thumbs"]
+        for label in thumb.seen
+    }
+    return [
+        (label.name.lower().replace("_", " "), "rgb({}, {}, {})".format(*LABEL_RGB[label]))
+        for label in sorted(seen)
+    ]
 
 
 def contact_sheets(
     output: str, samples: Iterable[Mapping[str, Any]], chosen: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """Samples grouped by identity, each with thumbs of a few of its frames.
+    """Samples grouped by identity, each with thumbs of a few of its frames, the first of each identity with labels.
 
     Args:
         output: dataset URI.
@@ -467,8 +511,11 @@ def contact_sheets(
     ordered = sorted(
         samples, key=lambda sample: (sample["split"], sample["identity"], sample["key"])
     )
+    names = [sample["identity"] for sample in ordered]
+    first = [name not in names[:place] for place, name in enumerate(names)]
     with ThreadPoolExecutor(8) as pool:
-        pictures = list(pool.map(lambda sample: read_thumbs(output, sample), ordered))
+        read = partial(read_thumbs, output)
+        pictures = list(pool.map(read, ordered, first))
     sheets: dict[str, dict[str, Any]] = {}
     for sample, thumbs in zip(ordered, pictures, strict=True):
         sheet = sheets.setdefault(
@@ -486,13 +533,18 @@ def contact_sheets(
 
 
 def read_thumbs(
-    output: str, sample: Mapping[str, Any], limit: int = FRAMES_PER_TRACK, size: int = THUMB_PX
+    output: str,
+    sample: Mapping[str, Any],
+    labelled: bool = False,
+    limit: int = FRAMES_PER_TRACK,
+    size: int = THUMB_PX,
 ) -> list[Thumb]:
     """Some frames of a published sample, evenly spaced in time, by range reads.
 
     Args:
         output: dataset URI.
         sample: a row of the index.
+        labelled: draw the labels, too, where the sample has any.
         limit: most frames.
         size: of a thumb, pixels.
 
@@ -516,7 +568,13 @@ def read_thumbs(
         for index in chosen:
             image = decode(storage.read_bytes(uri, *places[frames[index]]))
             drawn = draw_landmarks(image, landmarks[index], size)
-            thumbs.append(Thumb(image=drawn, time=float(times[index])))
+            overlay, seen = np.zeros((0, 0, 3), dtype=np.uint8), frozenset[ParsingLabel]()
+            png = frames[index].removesuffix(".jpg") + ".png"
+            if labelled and png in places:
+                labels = decode_labels(storage.read_bytes(uri, *places[png]))
+                overlay = draw_labels(image, labels, size)
+                seen = frozenset(ParsingLabel(int(value)) for value in np.unique(labels) if value)
+            thumbs.append(Thumb(image=drawn, time=float(times[index]), overlay=overlay, seen=seen))
     except (OSError, EOFError, ValueError, LookupError) as error:
         raise shards.DatasetError(
             f"{uri}: sample {sample['key']} cannot be read ({type(error).__name__}: {error}); "
@@ -546,6 +604,19 @@ def draw_landmarks(
     for part, closed in PARTS:
         cv2.polylines(thumb, [fine[list(part)]], closed, LINE_RGB, 1, cv2.LINE_AA, shift=4)
     return thumb
+
+
+def draw_labels(image: NDArray[np.uint8], labels: Labels, size: int) -> NDArray[np.uint8]:
+    """A square picture (s, s, 3) with the colours of its labels (s, s) over it, made ``size`` wide."""
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for label, colour in LABEL_RGB.items():
+        palette[label] = colour
+    share = np.where(labels > 0, 0.6, 0.0)[..., None]
+    mixed = image * (0.8 - share * 0.8) + palette[labels] * share  # what has no label is dimmed
+    return np.asarray(
+        cv2.resize(mixed.astype(np.uint8), (size, size), interpolation=cv2.INTER_AREA),
+        dtype=np.uint8,
+    )
 
 
 def _short(text: str) -> str:

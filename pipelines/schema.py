@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from functools import cache
 from itertools import islice
 from typing import Any, Literal, TypedDict, TypeVar
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
@@ -61,6 +63,7 @@ class Cause(StrEnum):
     DOWNLOAD_SERVER_ERROR = "download: server error"
     DOWNLOAD_NETWORK = "download: network"
     DOWNLOAD_DEADLINE = "download: deadline"
+    DOWNLOAD_SLOW = "download: slow"
     DOWNLOAD_NOT_A_VIDEO = "download: not a video"
     DOWNLOAD_EMPTY = "download: empty"
     DOWNLOAD_TRUNCATED = "download: truncated"
@@ -129,9 +132,11 @@ TRANSIENT = frozenset(
         Cause.DOWNLOAD_SERVER_ERROR,
         Cause.DOWNLOAD_NETWORK,
         Cause.DOWNLOAD_DEADLINE,
+        Cause.DOWNLOAD_SLOW,
         Cause.DOWNLOAD_TRUNCATED,
         Cause.DOWNLOAD_EMPTY,
         Cause.DOWNLOAD_OTHER,
+        Cause.VIDEO_DEADLINE,
         Cause.CRASH,
     }
 )
@@ -382,6 +387,14 @@ def run_stage(name: str, stage: Stage, row: VideoRow) -> VideoRow:
         video = reject(video, Cause.CRASH, f"{name}: {type(error).__name__}: {error}")
     seconds = video.seconds | {name: round(time.perf_counter() - started, 4)}
     return to_row(replace(video, seconds=seconds), members if video.live else [])
+
+
+def use_one_thread() -> None:
+    """For an actor that has loaded its networks: more speed comes from more actors, and torch's sums depend on the
+    number of threads, which Ray takes from ``num_cpus``."""
+    cv2.setNumThreads(1)
+    if "torch" in sys.modules:  # not imported here: it costs 0.6 GB
+        sys.modules["torch"].set_num_threads(1)
 
 
 def npy_bytes(array: NDArray[Any]) -> bytes:

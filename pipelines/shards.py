@@ -1,4 +1,4 @@
-"""Stage 7. Video rows ↔ dataset on disk: commits, WebDataset shards, index, ledger, manifest. CPU.
+"""Stage 8. Video rows ↔ dataset on disk: commits, WebDataset shards, index, ledger, manifest. CPU.
 
 Exactly once, in two steps. *Commit*: each video's result becomes one tar under ``work/parts`` and then one JSON that
 names its sha256; the JSON is the commit, and a retry writes the same names with the same bytes. *Publish*: commits are
@@ -67,7 +67,7 @@ class ShardsConfig:
     """Of the actors that commit videos and of the tasks that pack shards."""
 
     def __post_init__(self) -> None:
-        if self.target_mb <= 0:
+        if not 0 < self.target_mb < float("inf"):
             raise ValueError(f"shards.target_mb must be positive, got {self.target_mb}")
 
 
@@ -89,7 +89,7 @@ class Commit:
     slices: dict[str, tuple[int, int]]
     """(offset, length) of each sample inside that tar, by sample key."""
     frames: dict[str, int]
-    """Kept frames of each sample, by sample key."""
+    """Kept frames of each track, by sample key, whether or not it is a sample."""
 
     def to_bytes(self) -> bytes:
         """JSON, keys sorted."""
@@ -193,12 +193,12 @@ def commit(video: Video, members: list[Member], output: str, crop: Mapping[str, 
     offset = 0
     for track in video.tracks:
         key = video.track_key(track)
+        frames[key] = len(track.times)
         if not video.live or track.state != "open":
             continue
         ordered = sorted(by_key[key], key=_member_place)
         sample = tar_sample([(f"{key}.json", sample_json(video, track, crop)), *ordered])
         slices[key] = (offset, len(sample))
-        frames[key] = len(track.times)
         blocks.append(sample)
         offset += len(sample)
     sha256 = ""
@@ -283,7 +283,7 @@ class Committer:
             "state": video.state,
             "cause": video.cause,
             "tracks": len(done.slices),
-            "frames": sum(done.frames.values()),
+            "frames": sum(done.frames[key] for key in done.slices),
             "bytes": sum(length for _, length in done.slices.values()),
             "seconds": json.dumps(video.seconds),
         }
@@ -303,6 +303,7 @@ def add_commits(
             min_size=resources.min_actors, max_size=resources.max_actors
         ),
         num_cpus=resources.num_cpus,
+        num_gpus=resources.num_gpus,
         memory=resources.memory_gb * 2**30,
     )
 
@@ -476,7 +477,7 @@ def read_samples(tar: Path) -> list[dict[str, Any]]:
 
     Raises:
         DatasetError: not a tar, cut off, members of a sample not adjacent, or a sample without its JSON or with
-            another number of pictures than that says.
+            another number of pictures than that says, or labels for some of them only.
     """
     samples: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -508,12 +509,20 @@ def read_samples(tar: Path) -> list[dict[str, Any]]:
         if file.read(len(TAR_END) + 1) != TAR_END:
             raise DatasetError(f"{tar.name}: the end of the archive is missing")
     for sample in samples:
-        pictures = sum(name.endswith(".jpg") for name in sample["members"])
-        if pictures != sample["frames"]:
-            raise DatasetError(
-                f"{tar.name}: sample {sample['key']} has {pictures} pictures, its JSON says {sample['frames']}"
-            )
+        _check_pictures(tar.name, sample)
     return samples
+
+
+def _check_pictures(tar_name: str, sample: Mapping[str, Any]) -> None:
+    pictures, labels = (
+        sum(name.endswith(extension) for name in sample["members"])
+        for extension in (".jpg", ".png")
+    )
+    told = f"its JSON says {sample['frames']}"
+    if pictures != sample["frames"]:
+        raise DatasetError(f"{tar_name}: sample {sample['key']} has {pictures} pictures, {told}")
+    if labels not in (0, sample["frames"]):
+        raise DatasetError(f"{tar_name}: sample {sample['key']} has {labels} label maps, {told}")
 
 
 def index_row(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -809,7 +818,7 @@ def read_manifest(output: str) -> dict[str, Any]:
     uri = storage.join(output, MANIFEST)
     try:
         manifest: dict[str, Any] = json.loads(storage.read_bytes(uri))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DatasetError(
             f"{uri}: not found, so {output} is not a (finished) dataset; run jobs/preprocess.py to its end"
         ) from None

@@ -30,6 +30,7 @@ import numpy as np
 import pyarrow
 from pyarrow import compute, parquet
 
+from pipelines.download import public_url
 from pipelines.listing import (
     ANNOTATION_FPS,
     MAX_SECONDS,
@@ -40,10 +41,12 @@ from pipelines.listing import (
     ending,
     finish,
     full_path,
+    open_whole,
     parse_number,
     printable,
     rejected_span,
     short_hash,
+    shown,
 )
 from pipelines.schema import Cause, Span, Track, Video
 
@@ -85,7 +88,7 @@ def table_videos(
     Raises:
         ListError: columns are missing, or the file cannot be read.
     """
-    where = printable(path)
+    where = shown(path)
     try:
         lines = table_lines(fs, path)
         head = list(itertools.islice(lines, 1000))
@@ -125,7 +128,7 @@ def _require_columns(columns: set[str], list_format: str, where: str) -> None:
 def table_lines(fs: Any, path: str) -> Iterator[Line]:
     """Lines of a csv, jsonl or parquet file, told apart by the name's ending; blank lines are left out."""
     kind = ending(path)
-    with fs.open(path, "rb") as stream:
+    with open_whole(fs, path) as stream:
         if kind == ".parquet":
             yield from _parquet_lines(stream)
         else:
@@ -295,19 +298,19 @@ def _read_place(row: dict[str, Any], at: str, folder: str) -> tuple[str, str]:
 
 def _check_url(url: str, at: str) -> SplitResult:
     """A URL of this machine, or http(s) with a host, plain characters and no password; else raises."""
-    shown = ascii(url)[:120]
+    told = ascii(public_url(url))[:120]
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise SpanError(Cause.LIST_MALFORMED, f"{at}: {shown}: {error}") from error
+        raise SpanError(Cause.LIST_MALFORMED, f"{at}: {told}: {error}") from error
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return parts
     if parts.scheme not in ("http", "https"):
-        raise SpanError(Cause.DOWNLOAD_SCHEME, f"{at}: {shown} is not http:// or https://")
+        raise SpanError(Cause.DOWNLOAD_SCHEME, f"{at}: {told} is not http:// or https://")
     if "@" in parts.netloc:
         raise SpanError(Cause.LIST_UNSAFE, f"{at}: a URL of {parts.hostname} holds a password")
     if not parts.hostname or not URL_CHARACTERS.fullmatch(url):
-        detail = f"{at}: {shown} has no host, or characters to be written as %XX"
+        detail = f"{at}: {told} has no host, or characters to be written as %XX"
         raise SpanError(Cause.LIST_UNSAFE, detail)
     return parts
 

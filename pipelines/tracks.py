@@ -49,6 +49,7 @@ from pipelines.schema import (
     reject,
     reject_track,
     run_stage,
+    use_one_thread,
 )
 from pipelines.shots import ShotFinder
 from pipelines.timemap import (
@@ -123,7 +124,7 @@ class TracksConfig:
     """Longer tracks are thinned evenly; contiguous ones are cut into several."""
     min_frames: int = 9
     """Kept frames that a track must have."""
-    max_frames_per_video: int = 6000
+    max_frames_per_video: int = 2000
     """Frames searched and kept per video, from its beginning; the rest is left out."""
     min_face_found: float = 0.8
     """Share of the annotated frames in which a face must be found, for the video to be the one annotated."""
@@ -806,16 +807,17 @@ def link(
 
 
 def plan_spans(
-    spans: Iterable[Span], times: NDArray[np.float64], config: TracksConfig
+    spans: Iterable[Span], times: NDArray[np.float64], taken: Iterable[int], config: TracksConfig
 ) -> tuple[list[tuple[Span, NDArray[np.int64]]], list[Found]]:
     """Grid frames of each span, none twice, in order of time; what is beyond the budget or taken as rejected tracks."""
     ordered = sorted(spans, key=lambda span: (span.start, span.name))
+    given = np.array(sorted(taken), dtype=np.int64)
     wanted: list[NDArray[np.int64]] = []
     found: list[Found] = []
     for span in ordered:
         end = span.end if span.end > 0 else float(times[-1])
         frames = grid_frames(times, span.start, end, config.frames_per_second)
-        fresh = np.setdiff1d(frames, np.concatenate([*wanted, np.empty(0, np.int64)]))
+        fresh = np.setdiff1d(frames, np.concatenate([given, *wanted]))
         if not len(fresh):
             cause = Cause.TRACK_OVERLAP if len(frames) else Cause.TRACK_SHORT
             detail = f"no frame of its own from {span.start:.2f} to {end:.2f} s"
@@ -903,11 +905,12 @@ def follow_detection(
     decoder: Decoder,
     detector: Detector,
     config: TracksConfig,
+    taken: Iterable[int] = (),
 ) -> list[Found]:
-    """Tracks of everybody who stays long enough in the spans without annotation."""
+    """Tracks of everybody who stays long enough in the spans without annotation, apart from the frames ``taken``."""
     spans = [span for span in video.spans if not span.boxes]
     times = frame_times(path)
-    plans, found = plan_spans(spans, times, config)
+    plans, found = plan_spans(spans, times, taken, config)
     looks, cuts = search_frames(
         path, info, times, [frames for _, frames in plans], decoder, detector, config
     )
@@ -932,10 +935,9 @@ def follow_detection(
                     sightings.append(Sighting(index, at, None, cause=Cause.TRACK_NO_FACE.value))
             found += make_tracks(span, sightings, cuts, config)
         if len(frames) and not chains:
-            detail = (
-                f"no face of {config.min_face_px:g} px in {len(frames)} frames, "
-                f"the largest has {largest:.0f} px"
-            )
+            detail = f"no face of {config.min_face_px:g} px in {len(frames)} frames"
+            if largest:
+                detail += f", the largest has {largest:.0f} px"
             nobody = reject_track(Track(name="", span=span.name), Cause.TRACK_NO_FACE, detail)
             found.append(Found(float(times[frames[0]]), nobody))
     return found
@@ -975,7 +977,9 @@ def follow(video: Video, decoder: Decoder, detector: Detector, config: TracksCon
             if any(span.boxes for span in video.spans):
                 video, found = follow_annotation(video, *args)
             if video.live and not all(span.boxes for span in video.spans):
-                found += follow_detection(video, *args)
+                kept = (track for _, track in found if track.state == "open")
+                taken = {index for track in kept for index in track.indices}
+                found += follow_detection(video, *args, taken)
             if video.live:
                 video = finish(video, found, config.max_frames_per_video)
             if video.cause == Cause.TRACK_NO_FACE.value:
@@ -992,6 +996,7 @@ class Tracker:
         self.config = config
         self.decoder = Decoder(config.decoder)
         self.detector = load_detector(config.detector, DETECTOR_FACE_PX)
+        use_one_thread()
 
     def __call__(self, row: VideoRow) -> VideoRow:
         return run_stage("tracks", self.follow, row)

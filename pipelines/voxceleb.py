@@ -22,7 +22,6 @@ from __future__ import annotations
 import csv
 import itertools
 import re
-import shutil
 import tempfile
 import zipfile
 import zlib
@@ -56,6 +55,7 @@ from pipelines.listing import (
     rejected_span,
     safe_name,
     short_hash,
+    shown,
     unique_keys,
 )
 from pipelines.schema import BoxUnits, Cause, Span, Track, Video, one_line
@@ -101,11 +101,11 @@ def read_list(
     """
     if list_format not in get_args(ListFormat):
         known = ", ".join(get_args(ListFormat))
-        raise ListError(f"{uri}: unknown format {list_format!r}: use one of {known}")
+        raise ListError(f"{shown(uri)}: unknown format {list_format!r}: use one of {known}")
     videos = _videos(uri, list_format, url_template, allow_local)
     first = next(videos, None)
     if first is None:
-        raise ListError(f"{uri}: the list is empty (read as {list_format})")
+        raise ListError(f"{shown(uri)}: the list is empty (read as {list_format})")
     return unique_keys(itertools.chain([first], videos))
 
 
@@ -124,7 +124,7 @@ def _videos(
             yield from tree_videos(tree, TREE_UNITS.get(list_format), url_template)
     except OSError as error:
         reason = f"{type(error).__name__}: {one_line(str(error), 200)}"
-        raise ListError(f"{uri}: cannot be read: {reason}") from error
+        raise ListError(f"{shown(uri)}: cannot be read: {reason}") from error
 
 
 def _detect(fs: Any, path: str) -> Literal["tree", "table", "folder"]:
@@ -142,7 +142,7 @@ def _detect(fs: Any, path: str) -> Literal["tree", "table", "folder"]:
             if _is_video(parts[-1]):
                 return "folder"
     raise ListError(
-        f"{printable(path)}: no list in it: expected txt/<identity>/<video>/<utterance>.txt, "
+        f"{shown(path)}: no list in it: expected txt/<identity>/<video>/<utterance>.txt, "
         f"<identity>/<any>.mp4, a zip, or a table ({', '.join(sorted(TABLE_ENDINGS))})"
     )
 
@@ -322,7 +322,7 @@ class FolderTree:
     def __init__(self, fs: Any, root: str) -> None:
         self.fs = fs
         self.root = root
-        self.where = printable(root)
+        self.where = shown(root)
         inner = [f"{root}/txt", f"{root}/dev/txt", f"{root}/test/txt"]
         self.roots = [path for path in inner if fs.isdir(path)] or [root]
 
@@ -373,7 +373,7 @@ class ZipTree:
     def __init__(self, fs: Any, path: str) -> None:
         self.fs = fs
         self.root = path
-        self.where = printable(path)
+        self.where = shown(path)
         try:
             self.archive = zipfile.ZipFile(path if is_local(fs) else self._copy())
         except (zipfile.BadZipFile, NotImplementedError) as error:
@@ -387,15 +387,14 @@ class ZipTree:
         self.members.sort(key=lambda member: "\0".join(member.filename.split("/")[-3:]))
 
     def _copy(self) -> IO[bytes]:
-        copy = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the archive)
-        with self.fs.open(self.root, "rb") as remote:
-            shutil.copyfileobj(remote, copy, 2**20)
+        copy = tempfile.NamedTemporaryFile(prefix="headray-list-")  # noqa: SIM115 (lives as long as the archive)
+        self.fs.get_file(self.root, copy.name)
         return copy
 
     def groups(self) -> Iterator[tuple[str, str, list[Utterance]]]:
         split = ((member.filename.split("/")[-3:], member) for member in self.members)
         utterances = (
-            Utterance(parts[2][:-4], f"{self.root}/{member.filename}", member.file_size, member)
+            Utterance(parts[2][:-4], f"{self.where}/{member.filename}", member.file_size, member)
             for parts, member in split
             if len(parts) == 3 and parts[2].endswith(".txt") and not parts[2].startswith(".")
         )
@@ -429,8 +428,12 @@ class ZipTree:
 def _meta_in(fs: Any, folder: str) -> Iterator[tuple[str, bytes]]:
     for path in (f"{folder}/{name}" for name in META_UNITS if folder):
         try:
-            yield printable(path), fs.cat_file(path)
-        except (FileNotFoundError, PermissionError):  # S3 says forbidden where one may not list
+            yield shown(path), fs.cat_file(path)
+        except (
+            FileNotFoundError,
+            NotADirectoryError,
+            PermissionError,
+        ):  # S3 says forbidden where one may not list
             continue
 
 
@@ -538,7 +541,7 @@ def folder_videos(fs: Any, root: str) -> Iterator[Video]:
     The user named the folder on the command line, so its files need no ``allow_local``.
     """
     if ending(root) == ".zip":
-        raise ListError(f"{printable(root)}: videos inside a zip cannot be read: unpack it")
+        raise ListError(f"{shown(root)}: videos inside a zip cannot be read: unpack it")
     for _, path, _ in list_files(fs, root, depth=1):
         if _is_video(path):
             error = SpanError(Cause.LIST_MALFORMED, f"{path}: move it into a folder <identity>/")

@@ -11,9 +11,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines import crops, report, shards
+from models.frozen.parsing import ParsingLabel
+from pipelines import report, shards
+from pipelines.annotate import encode_labels
 from pipelines.crops import CropsConfig
-from pipelines.preprocess import PreprocessConfig, Tally
+from pipelines.preprocess import PreprocessConfig, Tally, describe_windows
 from pipelines.schema import (
     SCHEMA_VERSION,
     Cause,
@@ -26,7 +28,7 @@ from pipelines.schema import (
     reject_track,
 )
 
-CROP = crops.describe(CropsConfig(size=128))
+CROP = describe_windows(PreprocessConfig(input="list", output="out", crops=CropsConfig(size=128)))
 CONFIG = PreprocessConfig(input="list", output="out").recipe
 
 Made = tuple[Video, list[Member]]
@@ -72,6 +74,16 @@ def face_jpeg(size: int, turn: float, hue: int) -> bytes:
         cv2.fillPoly(image, [points[part].astype(np.int32)], (70, 30, 30))
     coded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
     return bytes(coded.tobytes())
+
+
+@cache
+def face_labels(size: int) -> bytes:
+    """Labels of the face of :func:`face_jpeg`: skin with hair above it, a PNG of ``size`` pixels."""
+    labels = np.zeros((size, size), np.uint8)
+    centre, radii = (size // 2, int(0.48 * size)), (int(0.26 * size), int(0.36 * size))
+    cv2.ellipse(labels, centre, radii, 0, 0, 360, int(ParsingLabel.SKIN), -1)
+    labels[: int(0.25 * size)][labels[: int(0.25 * size)] > 0] = ParsingLabel.HAIR
+    return encode_labels(labels)
 
 
 def made_video(identity: str, video: str, tracks: int = 2, frames: int = 5, **fields: Any) -> Made:
@@ -133,7 +145,8 @@ def made_video(identity: str, video: str, tracks: int = 2, frames: int = 5, **fi
         key = made.track_key(track)
         landmarks = np.stack([face_points(size, turn) for turn in turns])
         matrix = np.tile(np.array([[0.2, 0, 0], [0, 0.2, 0]], np.float32), (frames, 1, 1))
-        scores = np.tile(np.array([700.0, inside, 0.99, 50.0], np.float32), (frames, 1))
+        row = np.array([700.0, inside, 0.99, 50.0, 400.0, 5.0, -3.0, 1.0, 20.0], np.float32)
+        scores = np.tile(row, (frames, 1))
         members += [
             (f"{key}.landmarks.npy", npy_bytes(landmarks)),
             (f"{key}.matrix.npy", npy_bytes(matrix)),
@@ -143,10 +156,11 @@ def made_video(identity: str, video: str, tracks: int = 2, frames: int = 5, **fi
                 npy_bytes(np.tile(np.eye(8, dtype=np.float32)[0], (frames, 1))),
             ),
         ]
-        members += [
-            (frame_member(key, index), face_jpeg(size, turn, hue))
-            for index, turn in zip(indices, turns, strict=True)
-        ]
+        for index, turn in zip(indices, turns, strict=True):
+            members += [
+                (frame_member(key, index), face_jpeg(size, turn, hue)),
+                (frame_member(key, index, "png"), face_labels(size)),
+            ]
     return made, members
 
 

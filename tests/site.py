@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import re
 import sys
 import threading
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ class Page:
     """Close the connection after this many bytes of the body, although all were announced."""
     stall_after: int | None = None
     """Send nothing more after this many bytes of the body, and keep the connection open."""
+    drip_after: int | None = None
+    """Send a byte every 50 ms after this many bytes of the body: no time-out of a socket ever strikes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,8 @@ class Visit:
     path: str
     headers: dict[str, str]
     status: int
+    time: float
+    """``time.monotonic`` when it arrived."""
 
 
 def status(code: int) -> Page:
@@ -86,8 +92,39 @@ def stall(body: bytes, after: int = 0) -> Page:
     return Page(body=body, stall_after=after)
 
 
+def drip(body: bytes, after: int = 0) -> Page:
+    """A server that goes on, but hardly."""
+    return Page(body=body, drip_after=after)
+
+
+def bot_page() -> Page:
+    """What Cloudflare answers a visitor that it takes for a machine."""
+    page = status(403)
+    return replace(page, headers={"cf-mitigated": "challenge"})
+
+
+@dataclass(kw_only=True)
+class Storm:
+    """For a while every path answers 429, as a site does that has had enough of an address."""
+
+    after: int
+    """Requests that are answered as ever before it begins."""
+    seconds: float
+    begun: float = math.inf
+    """``time.monotonic`` of its beginning."""
+
+    def rages(self, requests: int) -> bool:
+        """Whether the next request, after so many, is refused."""
+        now = time.monotonic()
+        if requests >= self.after:
+            self.begun = min(self.begun, now)
+        return self.begun <= now < self.begun + self.seconds
+
+
 class VideoSite:
     """The server; a context manager. ``pages`` may be changed while it runs and goes before the folder's files."""
+
+    storm: Storm | None = None
 
     def __init__(
         self,
@@ -123,6 +160,8 @@ class VideoSite:
 
     def find(self, path: str) -> Page:
         """What a path answers now."""
+        if self.storm and self.storm.rages(len(self.visits)):
+            return status(429)
         if path in self.pages:
             return self.pages[path]
         if self.folder is not None:
@@ -167,7 +206,13 @@ class _Handler(BaseHTTPRequestHandler):
             code = 206 if first < end else 416
             span = f"{first}-{end - 1}" if first < end else "*"
             headers["Content-Range"] = f"bytes {span}/{len(body)}"
-        visit = Visit(method=self.command, path=path, headers=dict(self.headers), status=code)
+        visit = Visit(
+            method=self.command,
+            path=path,
+            headers=dict(self.headers),
+            status=code,
+            time=time.monotonic(),
+        )
         self.site.visits.append(visit)
         self.send_response(code)
         for name, value in (headers | {"Content-Length": str(max(0, end - first))}).items():
@@ -177,11 +222,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(body[:end], page, first)
 
     def _send(self, body: bytes, page: Page, first: int) -> None:
-        limits = [limit for limit in (page.cut_after, page.stall_after) if limit is not None]
+        stops = (page.cut_after, page.stall_after, page.drip_after)
+        limits = [limit for limit in stops if limit is not None]
         self.wfile.write(body[first : min(limits, default=len(body))])
         self.wfile.flush()
         if page.stall_after is not None:
             self.site.closing.wait()
+        if page.drip_after is not None:
+            for byte in body[max(first, page.drip_after) :]:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                if self.site.closing.wait(0.05):
+                    break
         if limits:
             self.close_connection = True
 

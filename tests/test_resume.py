@@ -98,17 +98,23 @@ def kill_at(job: subprocess.Popen[str], who: str, seconds: float, draw: random.R
     return False
 
 
-def disturb(corpus: Path, url: str, folder: Path, who: str, seconds: float, seed: int) -> int:
-    """One disturbed run, then runs until it is done; returns how many runs it took."""
+def disturb(
+    corpus: Path, url: str, folder: Path, who: str, seconds: float, seed: int
+) -> tuple[bool, int]:
+    """One disturbed run, then runs until it is done.
+
+    Returns:
+        whether the kill came before the job was done, and how many runs it took.
+    """
     draw = random.Random(seed)
     job = start_job("preprocess", *arguments(corpus, url, folder / "out"), folder=folder)
-    kill_at(job, who, seconds, draw)
+    killed = kill_at(job, who, seconds, draw)
     code, runs = job.wait(300), 1
     while code != 0:
         assert runs < 4, (folder / "preprocess.log").read_text()
         code, _ = run_job("preprocess", *arguments(corpus, url, folder / "out"), folder=folder)
         runs += 1
-    return runs
+    return killed, runs
 
 
 @pytest.mark.parametrize("who", ["driver", "actor", "worker"])
@@ -116,8 +122,9 @@ def test_killed_and_rerun_gives_the_same_bytes(
     who: str, corpus: Path, url: str, undisturbed: tuple[dict[str, str], float], tmp_path: Path
 ) -> None:
     wanted, duration = undisturbed
-    seconds = random.Random(who).uniform(0.3, 0.9) * duration
-    disturb(corpus, url, tmp_path, who, seconds, seed=0)
+    seconds = random.Random(who).uniform(0.3, 0.7) * duration
+    killed, _ = disturb(corpus, url, tmp_path, who, seconds, seed=0)
+    assert killed
     assert fingerprint(tmp_path / "out") == wanted
 
 
@@ -128,13 +135,17 @@ def test_killed_twenty_times(
 ) -> None:
     wanted, duration = undisturbed
     draw = random.Random(20)
-    for number in range(20):
+    kills = number = 0
+    while kills < 20:
+        number += 1
         who = draw.choice(["driver", "actor", "worker"])
         seconds = draw.uniform(0.05, 1.0) * duration
         folder = tmp_path / f"{number:02d}"
         folder.mkdir()
-        runs = disturb(corpus, url, folder, who, seconds, seed=number)
-        print(f"kill {number}: {who} at {seconds:.1f} s, {runs} runs")  # noqa: T201
+        killed, runs = disturb(corpus, url, folder, who, seconds, seed=number)
+        kills += killed
+        said = f"kill {kills}" if killed else "too late"
+        print(f"{said}: {who} at {seconds:.1f} of {duration:.0f} s, {runs} runs", flush=True)  # noqa: T201
         assert fingerprint(folder / "out") == wanted
         shutil.rmtree(folder)
 

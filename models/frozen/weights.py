@@ -54,7 +54,8 @@ _RAW = "https://raw.githubusercontent.com"
 
 # The hash of 2DFAN-4 and S3FD was not computed from the files, which could not be fetched when this was written. It is
 # the one several public projects pin for these names, and begins with the ten digits that torch.hub's naming puts
-# into the file name. All other hashes were computed from the files; the URLs on GitHub name the commit that holds them.
+# into the file name. BiSeNet could not be fetched either: several projects pin its hash and size, for this name and for its
+# original one, 79999_iter.pth. All other hashes were computed from the files; the URLs on GitHub name the commit that holds them.
 REGISTRY = {
     weights.name: weights
     for weights in (
@@ -127,6 +128,23 @@ REGISTRY = {
             sha256="e839247cdbdfc023fb7cadeaf53a4549d50c8fc24ad154c02e35920ea8910d99",
             size=4130855,
             licence="none stated; trained on CASIA-WebFace (research)",
+        ),
+        Weights(
+            name="bisenet",
+            file="parsing_bisenet.pth",
+            url="https://github.com/xinntao/facexlib/releases/download/v0.2.0/parsing_bisenet.pth",
+            sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
+            size=53289463,
+            licence="MIT (zllrunning/face-parsing.PyTorch); trained on CelebAMask-HQ, not for commercial use",
+        ),
+        Weights(
+            name="unet19",
+            file="face_parsing_unet19.pth",
+            url=f"{_RAW}/SimonEnkel/lightweight-unet-face-parsing/564f0103de701c77b65e821ded450f3f7f9657af"
+            "/model_best.pth",
+            sha256="88db73a3e90fe36ac12ba7cd8704610cda55947c04ddd5a70e6ab3a54cdb06eb",
+            size=1877941,
+            licence="none stated; for tests",
         ),
     )
 }

@@ -80,7 +80,7 @@ def test_inspect_prints_what_is_there(original: str, job: Job) -> None:
 def test_inspect_of_a_key_says_what_index_and_ledger_know(original: str, job: Job) -> None:
     assert job("inspect", "--dataset", original, "--key", "id01-v0-000") == 0
     assert (
-        "landmarks.npy, matrix.npy, scores.npy, embedding.npy, 000010.jpg, ..., 000030.jpg"
+        "landmarks.npy, matrix.npy, scores.npy, embedding.npy, 000010.jpg, ..., 000030.png"
         in job.out
     )
     assert job("inspect", "--dataset", original, "--key", "id05-v0-000") == 0
@@ -224,3 +224,11 @@ def test_looking_needs_no_network_library(original: str) -> None:
         [sys.executable, "-c", code, original], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_no_dataset_is_one_line(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    for address in (tmp_path / "file", tmp_path / "nothing", "nonsense://bucket/x"):
+        assert job("verify", "--dataset", str(address)) == 2
+        assert job.err.startswith("error: ")
+        assert str(address) in job.err

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from models.frozen import detector, identity, landmarks, weights
+from models.frozen import detector, identity, landmarks, parsing, weights
 from models.frozen.weights import REGISTRY, Weights, WeightsError, find, locate
 from tests.material import SHARED, needs_shared
 
@@ -127,14 +127,14 @@ def test_a_wheel_that_is_not_installed_is_named():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(WeightsError, match=r"known: dlib_descriptor, .*yunet"):
+    with pytest.raises(WeightsError, match=r"known: bisenet, dlib_descriptor, .*yunet"):
         find("arcface")
 
 
 def test_every_network_loads_entries_that_exist_and_hashes_agree_with_file_names():
     named = {
         name
-        for module in (detector, landmarks, identity)
+        for module in (detector, landmarks, identity, parsing)
         for names in module.WEIGHTS.values()
         for name in names
     }

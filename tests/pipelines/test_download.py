@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import os
 import re
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,22 @@ from packaging.version import Version
 
 from pipelines import fetch_process, storage
 from pipelines.download import (
+    BLOCKS,
+    OPERATIONAL,
+    RECOVERS,
     DownloadConfig,
     Downloader,
+    egress_address,
     fetch,
+    fetch_politely,
     file_sha256,
     find_cached,
+    manners_towards,
     public_url,
     record_uri,
+    remove_leftovers,
     scrub,
+    site_of,
 )
 from pipelines.fetch_process import (
     CAUSES,
@@ -42,14 +51,17 @@ from pipelines.fetch_process import (
     missing_mp4_bytes,
     require_whole,
 )
+from pipelines.limiter import Limiter, Limits, Manners, Outcome, Turn, backoff_seconds
 from pipelines.schema import TRANSIENT, Cause, Video, from_row, to_json, to_row
 from tests import clips
 from tests.material import REPOSITORY, SHARED, needs_shared
 from tests.site import (
     Page,
     VideoSite,
+    bot_page,
     byte_range,
     cut_transfer,
+    drip,
     redirect,
     stall,
     status,
@@ -142,7 +154,9 @@ BROKEN = {
     "/403.mp4": (status(403), Cause.DOWNLOAD_FORBIDDEN),
     "/404.mp4": (status(404), Cause.DOWNLOAD_NOT_FOUND),
     "/429.mp4": (status(429), Cause.DOWNLOAD_RATE_LIMITED),
+    "/bot.mp4": (bot_page(), Cause.DOWNLOAD_BOT_CHECK),
     "/500.mp4": (status(500), Cause.DOWNLOAD_SERVER_ERROR),
+    "/octets.mp4": (Page(body=b"\x01" * 5000, type="image/png"), Cause.DOWNLOAD_NOT_A_VIDEO),
     "/loop.mp4": (redirect("/loop.mp4"), Cause.DOWNLOAD_SERVER_ERROR),
     "/to-file.mp4": (redirect("file:///etc/passwd"), Cause.DOWNLOAD_SCHEME),
     "/to-ftp.mp4": (redirect("ftp://127.0.0.1/clip.mp4"), Cause.DOWNLOAD_SCHEME),
@@ -277,6 +291,21 @@ def test_a_silent_socket_is_given_up(site: VideoSite, folder: Path, tmp_path: Pa
     failed = fetch(video(site.url("/silent.mp4")), hasty, str(tmp_path / "cache"))
     assert failed.cause == Cause.DOWNLOAD_NETWORK.value
     assert "timed out" in failed.detail
+
+
+@pytest.mark.slow
+def test_a_server_that_hardly_goes_on_is_given_up_long_before_the_deadline(
+    site: VideoSite, folder: Path, tmp_path: Path, scratch: Path
+) -> None:
+    site.pages["/drip.mp4"] = drip((folder / "clip.mp4").read_bytes(), after=20_000)
+    strict = replace(CONFIG, min_rate_bytes=5000, rate_window_seconds=2)
+    started = time.perf_counter()
+    failed = fetch(video(site.url("/drip.mp4")), strict, str(tmp_path / "cache"))
+    assert time.perf_counter() - started < 20
+    assert (failed.cause, failed.state) == (Cause.DOWNLOAD_SLOW.value, "failed")
+    assert re.fullmatch(r"\d+ bytes in 2 s, at least 5000 a second wanted", failed.detail)
+    assert list(scratch.iterdir()) == []
+    assert fetch(video(site.url("/clip.mp4")), strict, str(tmp_path / "cache")).live
 
 
 @pytest.mark.slow
@@ -557,12 +586,185 @@ def test_scrub_keeps_words_and_drops_secrets() -> None:
         {"deadline_seconds": 0},
         {"max_bytes": 0},
         {"retries": -1},
+        {"tries": 0},
+        {"pace": (20.0, 10.0)},
+        {"first_pause_seconds": 0},
+        {"max_blocks": 0},
+        {"canary": "21Uxsk56VDQ", "from_downloads": "archive"},
     ],
 )
 def test_a_config_that_cannot_work_is_refused_without_its_secrets(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))) as refused:
         DownloadConfig(**wrong)
     assert not any(secret in str(refused.value) for secret in SECRETS)
+
+
+# ---------------------------------------------------------------------------------------------- politeness
+
+
+class Town(Limiter):
+    """The state machine on a clock that only sleep moves; ``fetch`` is what the site answers, and when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.starts: list[float] = []
+
+    def client(self, address: str = "home") -> Limits:
+        """As one address sees it."""
+        town = self
+
+        class Client:
+            def ask(self, site: str, manners: Manners) -> Turn:
+                turn = Limiter.ask(town, address, site, town.now, manners)
+                if not turn.wait_seconds:
+                    town.starts.append(town.now)
+                return turn
+
+            def report(
+                self, site: str, turn: Turn, outcome: Outcome, cause: str, manners: Manners
+            ) -> None:
+                Limiter.report(town, address, site, town.now, turn, outcome, cause, manners)
+
+        return Client()
+
+    def sleep(self, seconds: float) -> None:
+        """Time passes."""
+        self.now += seconds
+
+
+def politely(site: VideoSite, path: str, town: Town, tmp_path: Path, **config: Any) -> Video:
+    """One video through :func:`fetch_politely` in its first attempt."""
+    wanted = replace(video(site.url(path)), attempts=1)
+    manner = replace(CONFIG, **config)
+    return fetch_politely(wanted, manner, str(tmp_path), town.client(), town.sleep)
+
+
+@pytest.mark.slow
+def test_a_video_that_meets_a_block_is_fetched_after_the_pause(
+    site: VideoSite, folder: Path, tmp_path: Path
+) -> None:
+    town = Town()
+    site.pages["/busy.mp4"] = status(429)
+
+    def sleep(seconds: float) -> None:
+        town.sleep(seconds)
+        if town.now >= 400:
+            site.pages["/busy.mp4"] = Page(body=folder / "clip.mp4")
+
+    wanted = replace(video(site.url("/busy.mp4")), attempts=1)
+    fetched = fetch_politely(wanted, CONFIG, str(tmp_path), town.client(), sleep)
+    assert (fetched.cause, fetched.attempts) == ("", 1)
+    assert town.starts == [0, 60, 180, 420]
+
+
+@pytest.mark.slow
+def test_an_address_that_is_given_up_costs_no_attempt_and_the_rest_is_not_even_asked_for(
+    site: VideoSite, tmp_path: Path
+) -> None:
+    town = Town()
+    site.pages["/bot.mp4"] = bot_page()
+    failed = politely(site, "/bot.mp4", town, tmp_path, max_blocks=3)
+    assert (failed.cause, failed.state) == (Cause.DOWNLOAD_BOT_CHECK.value, "failed")
+    assert failed.attempts == 0
+    assert failed.detail.startswith("given up after 3 blocks in a row; try again in 4 minutes; ")
+    assert town.starts == [0, 60, 180]
+    visits = site.count()
+    other = politely(site, "/clip.mp4", town, tmp_path, max_blocks=3)
+    assert (other.cause, other.attempts) == (failed.cause, 0)
+    assert site.count() == visits
+    assert not RECOVERS & BLOCKS
+    assert RECOVERS | BLOCKS < TRANSIENT
+
+
+@pytest.mark.slow
+def test_a_video_that_alone_is_blocked_is_taken_to_be_its_own_fault(
+    site: VideoSite, tmp_path: Path
+) -> None:
+    town = Town()
+    site.pages["/bot.mp4"] = bot_page()
+
+    def sleep(seconds: float) -> None:
+        town.sleep(seconds)
+        if len(town.starts) < 9:  # in every pause somebody else gets through
+            assert politely(site, "/clip.mp4", town, tmp_path / str(town.now)).live
+
+    wanted = replace(video(site.url("/bot.mp4")), attempts=1)
+    failed = fetch_politely(wanted, CONFIG, str(tmp_path), town.client(), sleep)
+    assert (failed.cause, failed.attempts) == (Cause.DOWNLOAD_BOT_CHECK.value, 1)
+    assert town.now == 120
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "page", "starts"),
+    [
+        ("/500.mp4", status(500), 3),
+        ("/empty.mp4", Page(), 3),
+        ("/403.mp4", status(403), 1),
+        ("/page.mp4", web_page(), 1),
+        ("/clip.mp4", None, 1),
+    ],
+)
+def test_only_what_may_be_gone_in_seconds_is_tried_again(
+    path: str, page: Page | None, starts: int, site: VideoSite, tmp_path: Path
+) -> None:
+    if page:
+        site.pages[path] = page
+    town = Town()
+    ended = politely(site, path, town, tmp_path, backoff_seconds=10.0)
+    assert ended.attempts == 1
+    waits = [backoff_seconds(ended.key, 1, tries, 10.0) for tries in range(1, starts)]
+    assert town.starts == [sum(waits[:n]) for n in range(starts)]
+    if page is None:
+        again = politely(site, path, town, tmp_path)
+        assert again == ended
+        assert len(town.starts) == 1, "the cache needs no turn"
+
+
+@pytest.mark.slow
+def test_the_pace_is_kept_by_all_of_an_address(site: VideoSite, tmp_path: Path) -> None:
+    town = Town()
+    for number in range(3):
+        assert politely(site, "/clip.mp4", town, tmp_path / str(number), pace=(10.0, 20.0)).live
+    gaps = [later - earlier for earlier, later in itertools.pairwise(town.starts)]
+    assert all(10 <= gap <= 20 for gap in gaps)
+    elsewhere = replace(CONFIG, pace=(10.0, 20.0))
+    before = town.now
+    wanted = video(site.url("/clip.mp4"))
+    cache = str(tmp_path / "elsewhere")
+    assert fetch_politely(wanted, elsewhere, cache, town.client("other"), town.sleep).live
+    assert town.now == before, "another address has its own pace"
+
+
+def test_what_the_pace_applies_to() -> None:
+    youtube = ["https://www.youtube.com/watch?v=a", "https://youtu.be/a", "http://M.YouTube.com/a"]
+    assert {site_of(url) for url in youtube} == {"youtube"}
+    assert site_of("http://127.0.0.1:80/youtube.com") == "127.0.0.1"
+    assert site_of("https://notyoutube.com/a") == "notyoutube.com"
+    auto = DownloadConfig()
+    assert manners_towards("youtube", auto).gap_seconds == (10.0, 20.0)
+    assert manners_towards("mirror.example", auto).gap_seconds == (0.0, 0.0)
+    slow = DownloadConfig(pace=(30.0, 30.0))
+    assert manners_towards("mirror.example", slow).gap_seconds == (30.0, 30.0)
+    assert 3600 / (sum(manners_towards("youtube", auto).gap_seconds) / 2) < 300
+
+
+def test_who_shares_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEADRAY_PROXY", raising=False)
+    monkeypatch.delenv("HEADRAY_COOKIES", raising=False)
+    cookies = tmp_path / "cookies.txt"
+    cookies.touch()
+    assert egress_address(DownloadConfig()) == "", "each node is its own"
+    assert egress_address(DownloadConfig(cookies=str(cookies))) == "account"
+    monkeypatch.setenv("HEADRAY_PROXY", "http://proxyuser:proxypass@host:3128")
+    assert egress_address(DownloadConfig(cookies=str(cookies))) == "proxy host:3128"
+    assert egress_address(DownloadConfig(egress="office")) == "office"
+
+
+def test_every_operational_field_is_a_field() -> None:
+    names = {f"download.{field.name}" for field in fields(DownloadConfig)}
+    assert set(OPERATIONAL) < names
 
 
 # ---------------------------------------------------------------------------------------------- formats
@@ -840,3 +1042,15 @@ def test_ranges_of_the_fake_site_follow_rfc_9110() -> None:
     assert byte_range("bytes=a-b", 100) is None
     first, end = byte_range("bytes=100-", 100) or (0, 1)
     assert first >= end
+
+
+def test_leftovers_of_killed_runs_go_by_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name, age in (("headray-fetch-old", 5000), ("headray-fetch-new", 10), ("other", 5000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "video.mp4").write_bytes(b"x")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert remove_leftovers(4000) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["headray-fetch-new", "other"]

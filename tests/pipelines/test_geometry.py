@@ -300,23 +300,3 @@ def test_paste_back_replaces_exactly_what_alpha_says():
     untouched[31:49, 31:49] = False
     assert (pasted[untouched] == 200).all()
     assert pasted.min() >= 40
-
-
-def posed(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    """68 points of the average head, turned, as a camera of the assumed focal length sees it in 512 pixels."""
-    axes = np.radians([[-pitch, 0, 0], [0, -yaw, 0], [0, 0, roll]])
-    turn_x, turn_y, turn_z = (cv2.Rodrigues(axis)[0] for axis in axes)
-    seen = geometry.HEAD_MODEL @ (turn_z @ turn_y @ turn_x).T + [1.0, -0.5, 40.0]
-    points = np.zeros((68, 2))
-    points[geometry.HEAD_POINTS] = 512 * seen[:, :2] / seen[:, 2:] + 256
-    return points
-
-
-@pytest.mark.parametrize("angles", [(0, 0, 0), (35, 0, 0), (0, 25, 0), (0, 0, -30), (-60, 20, 15)])
-def test_head_pose_is_recovered(angles: tuple[float, float, float]) -> None:
-    assert geometry.head_pose(posed(*angles), (512, 512)) == pytest.approx(angles, abs=1.0)
-
-
-def test_a_mirrored_head_looks_the_other_way() -> None:
-    mirrored = (posed(30, 10, 5) * [-1, 1] + [512, 0])[geometry.FLIP_68]
-    assert geometry.head_pose(mirrored, (512, 512)) == pytest.approx((-30, 10, -5), abs=1.0)

@@ -13,6 +13,8 @@ import skimage.data
 from numpy.typing import NDArray
 
 from pipelines import crops, quality
+from pipelines.geometry import square_matrix, transform
+from pipelines.headpose import head_pose
 from pipelines.identities import Candidate
 from pipelines.quality import QualityConfig, Window
 from pipelines.schema import (
@@ -177,13 +179,13 @@ def test_objections_come_in_order_and_an_unknown_pose_fails() -> None:
     assert quality.objections(np.ones(5), np.full(5, 30.0), scores, config)[0] is None
 
 
-def test_roll_is_that_of_the_frame() -> None:
-    landmarks = np.tile(face_points(SIZE).astype(np.float64), (2, 1, 1))
-    turn = np.radians(20)  # the window was levelled by so much
-    levelled = np.array([[np.cos(turn), np.sin(turn), 0], [-np.sin(turn), np.cos(turn), 0]])
-    upright = np.array([[1.0, 0, 0], [0, 1, 0]])
-    roll = quality.poses(landmarks, np.stack([upright, levelled]), SIZE)[:, 2]
-    assert roll[1] - roll[0] == pytest.approx(20)
+def test_poses_are_the_heads_whatever_the_window() -> None:
+    points = 7 * face_points(SIZE).astype(np.float64)
+    windows = [square_matrix((450, 450), 900, angle, SIZE) for angle in (0.0, 0.4)]
+    landmarks = np.stack([transform(window, points) for window in windows])
+    found = quality.poses(landmarks, np.stack(windows))
+    np.testing.assert_allclose(found[0], head_pose(points), atol=1e-3)
+    np.testing.assert_allclose(found[1], found[0], atol=1e-2)
 
 
 def candidate(

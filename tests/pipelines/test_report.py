@@ -92,8 +92,13 @@ def read_page(output: str) -> Element:
     return Tree(Path(output, report.PAGE).read_text()).root
 
 
-def pictures(page: Element) -> list[NDArray[np.uint8]]:
-    sources = [element.attributes["src"] for element in page.find("img")]
+def pictures(page: Element, labelled: bool = False) -> list[NDArray[np.uint8]]:
+    """The frames with their landmarks, or those with their labels."""
+    sources = [
+        element.attributes["src"]
+        for element in page.find("img")
+        if element.attributes["alt"].startswith("labels of") is labelled
+    ]
     assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
     return [report.decode(base64.b64decode(source.split(",", 1)[1])) for source in sources]
 
@@ -127,7 +132,7 @@ def test_the_numbers_are_those_of_the_manifest(made: tuple[str, dict[str, Any]])
         ("identities", counts["identities"]["listed"]),
         ("videos", counts["videos"]["listed"]),
         ("tracks", counts["tracks"]["found"]),
-        ("frames", counts["frames"]["published"] + counts["frames"]["dropped"]),
+        ("frames", sum(counts["frames"].values())),
     ):
         (tile,) = page.find("div", id=f"published-{kind}")
         assert tile.text == f"{counts[kind]['published']} {kind} of {total}"
@@ -139,7 +144,7 @@ def test_the_numbers_are_those_of_the_manifest(made: tuple[str, dict[str, Any]])
 
 def test_every_bar_of_the_funnel_adds_up(made: tuple[str, dict[str, Any]]) -> None:
     _, manifest = made
-    for bar in report.funnel(manifest["counts"], lost_frames=0):
+    for bar in report.funnel(manifest["counts"]):
         assert bar.kept + sum(count for _, count in bar.losses) == bar.total
 
 
@@ -149,10 +154,9 @@ def test_frames_of_tracks_that_the_identity_filter_rejected_are_not_lost_sight_o
     output = str(tmp_path)
     refused = {"id01-v0-000": (Cause.IDENTITY_DISAGREES.value, "0.3 < 0.6")}
     manifest = make_dataset(output, datasets.some_videos(), refused=refused)
-    lost = report.frames_lost(shards.read_ledger(output))
-    frames = report.funnel(manifest["counts"], lost)[-1]
-    assert (frames.kept, lost) == (45, 5)
-    assert ("of rejected tracks", 5) in frames.losses
+    frames = report.funnel(manifest["counts"])[-1]
+    assert frames.kept == 45
+    assert ("of rejected tracks", 15) in frames.losses  # 5 of this one, 10 rejected before
     assert frames.kept + sum(count for _, count in frames.losses) == frames.total
 
 
@@ -302,6 +306,31 @@ def test_the_page_shows_the_frames_of_the_shards(made: tuple[str, dict[str, Any]
         assert difference[:, : size // 5].max() < 40  # beside the head nothing was drawn
     captions = [element.text for element in page.find("figcaption")]
     assert captions[:5] == ["0.40 s", "0.60 s", "0.80 s", "1.00 s", "1.20 s"]
+
+
+def test_the_first_track_of_each_person_shows_its_labels(made: tuple[str, dict[str, Any]]) -> None:
+    page = read_page(made[0])
+    found = pictures(page, labelled=True)
+    assert len(found) == 5 * 3
+    (legend,) = page.find("p", id="labels")
+    assert legend.text == "skin hair"
+    assert "coarse" in page.text
+    for overlay in found:
+        size = len(overlay)
+        skin, hair = overlay[int(0.75 * size), size // 2], overlay[int(0.2 * size), size // 2]
+        assert skin[0] > 130 > hair[1]  # orange over a face of any colour, violet
+        assert skin[0] > skin[2]
+        assert hair[2] > hair[1]
+
+
+def test_a_dataset_without_labels_has_no_overlays(tmp_path: Path) -> None:
+    video, members = made_video("id01", "v0")
+    plain = [member for member in members if not member[0].endswith(".png")]
+    make_dataset(str(tmp_path), [(video, plain)])
+    page = read_page(str(tmp_path))
+    assert len(pictures(page)) == 10
+    assert pictures(page, labelled=True) == []
+    assert page.find("p", id="labels") == []
 
 
 def test_thumbs_are_evenly_spaced_in_time(tmp_path: Path) -> None:

@@ -101,7 +101,9 @@ def test_members_of_a_sample_are_adjacent_and_in_order(dataset: str) -> None:
         for key in runs:
             suffixes = [name.split(".", 1)[1] for name in names if name.startswith(f"{key}.")]
             assert suffixes[:5] == ["json", *shards.ARRAYS[:4]]
-            assert all(re.fullmatch(r"\d{6}\.jpg", suffix) for suffix in suffixes[5:])
+            assert all(re.fullmatch(r"\d{6}\.jpg", suffix) for suffix in suffixes[5::2])
+            labels = [suffix.replace(".jpg", ".png") for suffix in suffixes[5::2]]
+            assert suffixes[6::2] == labels
             assert suffixes[5:] == sorted(suffixes[5:])
 
 
@@ -399,9 +401,13 @@ def test_a_damaged_part_is_not_packed(tmp_path: Path) -> None:
 
 def test_a_sample_without_one_of_its_pictures_is_refused(tmp_path: Path) -> None:
     video, members = made_video("id01", "v0")
-    plans, _ = plan(commit_all(str(tmp_path), [(video, members[:-1])]))
-    with pytest.raises(shards.DatasetError, match="id01-v0-001 has 4 pictures, its JSON says 5"):
-        shards.pack(plans[0], str(tmp_path))
+    for extension, told in (("jpg", "4 pictures"), ("png", "4 label maps")):
+        last = max(name for name, _ in members if name.endswith(extension))
+        fewer = [member for member in members if member[0] != last]
+        output = str(tmp_path / extension)
+        plans, _ = plan(commit_all(output, [(video, fewer)]))
+        with pytest.raises(shards.DatasetError, match=f"id01-v0-001 has {told}, its JSON says 5"):
+            shards.pack(plans[0], output)
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:

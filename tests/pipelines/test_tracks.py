@@ -554,6 +554,27 @@ def test_annotated_and_free_spans_in_one_video(walking: Path, decoder: Decoder) 
         ]
 
 
+def test_a_free_span_leaves_out_the_frames_of_an_annotated_one(
+    walking: Path, decoder: Decoder
+) -> None:
+    spans = [annotate(walk, 5, 50, 0, "00001"), Span(name="00002")]
+    free = config(min_face_px=30.0)
+    video = follow(row(walking, *spans), decoder, SquareDetector(), free)
+    indices = [index for track in video.tracks for index in track.indices]
+    assert {track.span for track in video.tracks} == {"00001", "00002"}
+    assert len(indices) == len(set(indices))
+
+
+def test_a_quiet_free_span_names_no_size(walking: Path, decoder: Decoder) -> None:
+    class Blind(SquareDetector):
+        def detect(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return super().detect(image)[:0]
+
+    video = follow(row(walking, Span(name="a")), decoder, Blind(), config(min_face_px=30.0))
+    assert "no face of 30 px in " in video.detail
+    assert "largest" not in video.detail
+
+
 def test_region_boxes_come_back_in_frame_pixels() -> None:
     """Whatever part is searched, at whatever scale, also when it leaves the frame."""
     picture = np.zeros((180, 320, 3), np.uint8)

@@ -6,7 +6,9 @@ import os
 import re
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import fsspec
 import numpy as np
@@ -16,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from jobs import demo
 from pipelines import tables, voxceleb
 from pipelines.listing import SAFE, ListError, SpanError, safe_name, short_hash
 from pipelines.schema import Cause, from_json, to_json
@@ -33,6 +36,20 @@ def utterance_text(rows, identity="id00012", video="_raOc3-IRsw", header=""):
         f"Identity  : \t{identity}\nReference : \t{video}\nOffset    : \t2\n"
         f"FV Conf   : \t20.230\t(1)\nASD Conf  : \t2.765\n{header}\n{COLUMN_LINE}{rows}"
     )
+
+
+class Served(NamedTuple):
+    """A folder and where it is served."""
+
+    folder: Path
+    url: str
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A web server that ignores ``Range``, as Python's does."""
+    with demo.serve(tmp_path) as url:
+        yield Served(tmp_path, url)
 
 
 def parse(text, units=None, identity="id00012", video="_raOc3-IRsw"):
@@ -754,3 +771,41 @@ def test_the_shared_list(tmp_path):
         np.testing.assert_allclose(size[:, 0] / size[:, 1], 1, atol=0.02)  # square in pixels
     make_zip(root, tmp_path / "list.zip")
     assert list(read_list(str(tmp_path / "list.zip"))) == videos
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://me:hush@h.example/x.mp4", 'https://h.example/"x?X-Amz-Signature=hush']
+)
+def test_details_hold_no_password_and_no_signature(tmp_path, url):
+    (tmp_path / "list.jsonl").write_text(json.dumps({"identity": "anna", "url": url}))
+    (video,) = read_list(str(tmp_path / "list.jsonl"))
+    assert video.state == "rejected"
+    assert "h.example" in video.detail
+    assert "hush" not in to_json(replace(video, url=""))
+
+
+def test_address_of_the_list_is_told_without_its_signature(served):
+    (served.folder / "list.csv").write_text("identity,url\nanna,nowhere\n")
+    (video,) = read_list(f"{served.url}/list.csv?X-Amz-Signature=hush")
+    assert f"{served.url}/list.csv line 2" in video.detail
+    with pytest.raises(ListError, match="no such file") as raised:
+        read_list(f"{served.url}/gone.csv?X-Amz-Signature=hush")
+    assert "hush" not in str(raised.value)
+
+
+def test_server_that_knows_no_ranges_is_enough(served):
+    """Larger than what fsspec asks for at once."""
+    rows = "".join(f"p{i},https://h.example/{'x' * 180}{i}\n" for i in range(30_000))
+    (served.folder / "list.csv").write_text("identity,url\n" + rows)
+    assert sum(1 for _ in read_list(f"{served.url}/list.csv")) == 30_000
+    with zipfile.ZipFile(served.folder / "list.zip", "w") as archive:
+        archive.writestr("padding", os.urandom(6_000_000))
+        for (identity, video, name), text in simple_tree(1, 1, 1).items():
+            archive.writestr(f"txt/{identity}/{video}/{name}.txt", text)
+    assert [video.state for video in read_list(f"{served.url}/list.zip")] == ["open"]
+
+
+def test_a_table_read_as_a_tree_is_an_empty_list(tmp_path):
+    (tmp_path / "list.csv").write_text("identity,url\nanna,https://h.example/x\n")
+    with pytest.raises(ListError, match="empty"):
+        read_list(str(tmp_path / "list.csv"), "voxceleb2")

@@ -1,0 +1,47 @@
+"""What every job does the same way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs import runtime
+from pipelines.download import DownloadConfig
+from pipelines.preprocess import PreprocessConfig
+
+
+def test_nothing_secret_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = PreprocessConfig(
+        input="https://me:hush8@bucket.example/list.csv?part=1&X-Amz-Signature=hush7",
+        output=str(tmp_path),
+        download=DownloadConfig(url_template="https://mirror.example/{video}?token=hush7"),
+    )
+    flat = runtime.record(config, str(tmp_path))
+    text = (tmp_path / "config.json").read_text()
+    for told in (text, capsys.readouterr().out, json.dumps(flat)):
+        assert "hush7" not in told
+        assert "hush8" not in told
+    assert flat["input"] == "https://bucket.example/list.csv?part=1"
+
+
+def test_brackets_in_a_path_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    runtime.console.print("dataset  data/[/old]/[red]x")
+    assert capsys.readouterr().out == "dataset  data/[/old]/[red]x\n"
+
+
+@pytest.mark.parametrize("uri", ["nonsense://bucket/x", "foo://x"])
+def test_scheme_that_nothing_opens_is_usage(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        runtime.location("input", uri)
+    assert ended.value.code == runtime.USAGE
+    assert capsys.readouterr().err.startswith(f"error: --input {uri}: ")
+
+
+def test_cluster_that_does_not_answer_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        runtime.require_answer("127.0.0.1:1")
+    assert ended.value.code == runtime.USAGE
+    assert "RAY_ADDRESS=127.0.0.1:1" in capsys.readouterr().err
+    runtime.require_answer("auto")
