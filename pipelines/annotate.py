@@ -25,6 +25,7 @@ from pipelines.schema import (
     Track,
     Video,
     VideoRow,
+    add_actors,
     batched,
     frame_member,
     npy_array,
@@ -217,16 +218,4 @@ class Annotator:
 
 def add_annotations(videos: Dataset, config: AnnotateConfig) -> Dataset:
     """Append the stage to a plan over :class:`VideoRow`."""
-    import ray.data
-
-    resources = config.resources
-    return videos.map(
-        Annotator,  # type: ignore[arg-type]
-        fn_constructor_kwargs={"config": config},
-        compute=ray.data.ActorPoolStrategy(
-            min_size=resources.min_actors, max_size=resources.max_actors
-        ),
-        num_cpus=resources.num_cpus,
-        num_gpus=resources.num_gpus,
-        memory=int(resources.memory_gb * 2**30),
-    )
+    return add_actors(videos, Annotator, config.resources, config=config)

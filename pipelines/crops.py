@@ -41,6 +41,7 @@ from pipelines.schema import (
     Track,
     Video,
     VideoRow,
+    add_actors,
     batched,
     end_if_empty,
     frame_member,
@@ -373,16 +374,4 @@ class Cropper:
 
 def add_crops(videos: Dataset, config: CropsConfig, decoder: DecoderConfig) -> Dataset:
     """Append the stage to a plan over :class:`VideoRow`."""
-    import ray.data
-
-    resources = config.resources
-    return videos.map(
-        Cropper,  # type: ignore[arg-type]
-        fn_constructor_kwargs={"config": config, "decoder": decoder},
-        compute=ray.data.ActorPoolStrategy(
-            min_size=resources.min_actors, max_size=resources.max_actors
-        ),
-        num_cpus=resources.num_cpus,
-        num_gpus=resources.num_gpus,
-        memory=int(resources.memory_gb * 2**30),
-    )
+    return add_actors(videos, Cropper, config.resources, config=config, decoder=decoder)

@@ -55,6 +55,7 @@ from pipelines.schema import (
     StageResources,
     Video,
     VideoRow,
+    add_actors,
     from_row,
     one_line,
     reject,
@@ -637,16 +638,4 @@ class Downloader:
 
 def add_downloads(videos: Dataset, config: DownloadConfig, cache: str) -> Dataset:
     """Append the stage to a plan over :class:`VideoRow`; ``cache`` is a folder all nodes see, or a URI."""
-    import ray.data
-
-    resources = config.resources
-    return videos.map(
-        Downloader,  # type: ignore[arg-type]
-        fn_constructor_kwargs={"config": config, "cache": cache},
-        compute=ray.data.ActorPoolStrategy(
-            min_size=resources.min_actors, max_size=resources.max_actors
-        ),
-        num_cpus=resources.num_cpus,
-        num_gpus=resources.num_gpus,
-        memory=int(resources.memory_gb * 2**30),
-    )
+    return add_actors(videos, Downloader, config.resources, config=config, cache=cache)

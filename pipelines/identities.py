@@ -31,6 +31,7 @@ from pipelines.schema import (
     Track,
     Video,
     VideoRow,
+    add_actors,
     batched,
     end_if_empty,
     frame_member,
@@ -472,16 +473,4 @@ class IdentityEmbedder:
 
 def add_embeddings(videos: Dataset, config: IdentitiesConfig) -> Dataset:
     """Append the stage to a plan over :class:`VideoRow`."""
-    import ray.data
-
-    resources = config.resources
-    return videos.map(
-        IdentityEmbedder,  # type: ignore[arg-type]
-        fn_constructor_kwargs={"config": config},
-        compute=ray.data.ActorPoolStrategy(
-            min_size=resources.min_actors, max_size=resources.max_actors
-        ),
-        num_cpus=resources.num_cpus,
-        num_gpus=resources.num_gpus,
-        memory=int(resources.memory_gb * 2**30),
-    )
+    return add_actors(videos, IdentityEmbedder, config.resources, config=config)

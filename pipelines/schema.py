@@ -19,12 +19,15 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from itertools import islice
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -378,6 +381,31 @@ def use_one_thread() -> None:
     cv2.setNumThreads(1)
     if "torch" in sys.modules:  # not imported here: it costs 0.6 GB
         sys.modules["torch"].set_num_threads(1)
+
+
+def add_actors(
+    videos: Dataset, actor: type, resources: StageResources, **arguments: Any
+) -> Dataset:
+    """Append a stage to a plan: each row goes through one actor of a pool that grows while it is the bottleneck.
+
+    Args:
+        videos: plan over :class:`VideoRow`.
+        actor: class whose instances take a row and return a row.
+        resources: of one actor, and how many there may be.
+        arguments: of its constructor.
+    """
+    import ray.data
+
+    return videos.map(
+        actor,
+        fn_constructor_kwargs=arguments,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=resources.min_actors, max_size=resources.max_actors
+        ),
+        num_cpus=resources.num_cpus,
+        num_gpus=resources.num_gpus,
+        memory=int(resources.memory_gb * 2**30),
+    )
 
 
 def npy_bytes(array: NDArray[Any]) -> bytes:

@@ -35,6 +35,7 @@ from pipelines.schema import (
     Track,
     Video,
     VideoRow,
+    add_actors,
     batched,
     from_json,
     from_row,
@@ -293,19 +294,7 @@ def add_commits(
     videos: Dataset, output: str, crop: dict[str, Any], config: ShardsConfig
 ) -> Dataset:
     """Rows of videos → a row of counts for each, once its commit is on disk."""
-    import ray.data
-
-    resources = config.resources
-    return videos.map(
-        Committer,  # type: ignore[arg-type]
-        fn_constructor_kwargs={"output": output, "crop": crop},
-        compute=ray.data.ActorPoolStrategy(
-            min_size=resources.min_actors, max_size=resources.max_actors
-        ),
-        num_cpus=resources.num_cpus,
-        num_gpus=resources.num_gpus,
-        memory=resources.memory_gb * 2**30,
-    )
+    return add_actors(videos, Committer, config.resources, output=output, crop=crop)
 
 
 # --- shards -----------------------------------------------------------------------------------------------------

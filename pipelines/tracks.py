@@ -45,6 +45,7 @@ from pipelines.schema import (
     Track,
     Video,
     VideoRow,
+    add_actors,
     end_if_empty,
     reject,
     reject_track,
@@ -970,16 +971,4 @@ class Tracker:
 
 def add_tracks(videos: Dataset, config: TracksConfig) -> Dataset:
     """Append the stage to a plan over :class:`VideoRow`."""
-    import ray.data
-
-    resources = config.resources
-    return videos.map(
-        Tracker,  # type: ignore[arg-type]
-        fn_constructor_kwargs={"config": config},
-        compute=ray.data.ActorPoolStrategy(
-            min_size=resources.min_actors, max_size=resources.max_actors
-        ),
-        num_cpus=resources.num_cpus,
-        num_gpus=resources.num_gpus,
-        memory=int(resources.memory_gb * 2**30),
-    )
+    return add_actors(videos, Tracker, config.resources, config=config)
