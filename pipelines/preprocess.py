@@ -1,10 +1,10 @@
-"""Stages 1–7 chained into one Ray Data plan: a list of videos becomes a published dataset. The data half starts here.
+"""Stages 1–8 chained into one Ray Data plan: a list of videos becomes a published dataset. The data half starts here.
 
-    voxceleb.read_list → download → tracks → crops → identities (embed) → annotate → shards (commit)      a row is a video
-        → identities (filter, split) → shards (pack) → index, ledger, report → dataset.json    a row is a shard
+    voxceleb.read_list → download → tracks → crops → identities (embed) → quality → annotate → shards (commit)
+        → quality (copies) → identities (filter, split) → shards (pack) → index, ledger, report → dataset.json
 
 Everything may be killed at any time: committed videos are skipped by the next run of the same command, and what is
-published depends on the commits only.
+published depends on the commits only. A row is a video until it is committed, then a shard.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import pyarrow.compute as pc
@@ -33,6 +34,7 @@ from pipelines import (
     crops,
     download,
     identities,
+    quality,
     report,
     shards,
     storage,
@@ -53,6 +55,10 @@ OPERATIONAL = (
     "keep_work",
     "window",
     "max_attempts",
+    "plan",
+    "plan_videos",
+    "stop_after",
+    "replay",
     "tracks.decoder.deadline_seconds",
     "tracks.decoder.videos_per_child",
 )
@@ -86,8 +92,10 @@ class PreprocessConfig:
     """Landmarks and windows."""
     identities: identities.IdentitiesConfig = field(default_factory=identities.IdentitiesConfig)
     """Embedding, identity filter and split."""
+    quality: quality.QualityConfig = field(default_factory=quality.QualityConfig)
+    """Head pose; which frames, tracks and copies are worth keeping."""
     annotate: annotate.AnnotateConfig = field(default_factory=annotate.AnnotateConfig)
-    """Face parsing and head pose."""
+    """Face parsing."""
     shards: shards.ShardsConfig = field(default_factory=shards.ShardsConfig)
     """Packing."""
     keep_work: bool = False
@@ -96,12 +104,26 @@ class PreprocessConfig:
     """Videos per Ray Data plan, at most 5000: bounds the memory of driver and object store for any list."""
     max_attempts: int = 3
     """Runs that try a video whose failure may pass (rate limits, network) before it is left as failed."""
+    plan: bool = False
+    """Only forecast: ask about a sample of the list, print survivors, gigabytes and hours, fetch and write nothing."""
+    plan_videos: int = 20
+    """Videos that --plan asks about."""
+    stop_after: Literal["", "download", "tracks", "crops", "identities", "quality"] = ""
+    """For work on one stage: run all videos up to and with this one, save the rows below OUTPUT/work/rows, publish
+    nothing."""
+    replay: Literal["", "tracks", "crops", "identities", "quality", "annotate"] = ""
+    """For work on one stage: run it alone on the rows that --stop-after saved for it, with any configuration, and print
+    what it changed."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.window <= 5000:
             raise ValueError(f"window must be between 1 and 5000 videos, got {self.window}")
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts must be at least 1, got {self.max_attempts}")
+        if self.plan_videos < 1:
+            raise ValueError(f"plan_videos must be at least 1, got {self.plan_videos}")
+        if self.plan + bool(self.stop_after) + bool(self.replay) > 1:
+            raise ValueError("plan, stop_after and replay are three different things: give one")
 
     @property
     def stages(self) -> tuple[Any, ...]:
@@ -111,6 +133,7 @@ class PreprocessConfig:
             self.tracks,
             self.crops,
             self.identities,
+            self.quality,
             self.annotate,
             self.shards,
         )
@@ -170,6 +193,11 @@ def check(config: PreprocessConfig) -> None:
     ) as error:  # every kind of storage has its own kinds; to the user they all say this
         reason = f"{type(error).__name__}: {one_line(str(error), 200)}"
         raise ConfigError(f"--output {config.output}: cannot be used: {reason}") from error
+    check_weights(config)
+
+
+def check_weights(config: PreprocessConfig) -> None:
+    """Raises :class:`models.frozen.weights.WeightsError` if a network's file is missing or damaged."""
     for name in (
         *tracks.weight_names(config.tracks),
         *crops.weight_names(config.crops),
@@ -212,13 +240,20 @@ def _check_output(config: PreprocessConfig) -> None:
 
 
 def open_list(config: PreprocessConfig) -> Iterator[Video]:
-    """The videos of the list. Raises :class:`voxceleb.ListError` at once if it cannot be read or is empty."""
-    return voxceleb.read_list(
+    """The videos of the list, with their files if an archive is to give them.
+
+    Raises:
+        voxceleb.ListError: at once if the list cannot be read or is empty, or the archive is not there.
+    """
+    videos = voxceleb.read_list(
         config.input,
         config.input_format,
         url_template=config.download.url_template,
         allow_local=config.download.allow_local,
     )
+    if config.download.from_downloads:
+        videos = archive.take_from(config.download.from_downloads, videos)
+    return videos
 
 
 @dataclass
@@ -289,17 +324,31 @@ def build_plan(videos: Iterable[Video], config: PreprocessConfig) -> Dataset:
 
     rows = [to_row(video) for video in videos]
     dataset: Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    dataset = download.add_downloads(dataset, config.download, cache_uri(config))
-    dataset = tracks.add_tracks(dataset, config.tracks)
-    dataset = crops.add_crops(dataset, config.crops, config.tracks.decoder)
-    dataset = identities.add_embeddings(dataset, config.identities)
-    dataset = annotate.add_annotations(dataset, config.annotate)
-    return shards.add_commits(dataset, config.output, describe_crop(config), config.shards)
+    for add in stage_adders(config).values():
+        dataset = add(dataset)
+    return shards.add_commits(dataset, config.output, describe_windows(config), config.shards)
 
 
-def describe_crop(config: PreprocessConfig) -> dict[str, Any]:
+def stage_adders(config: PreprocessConfig) -> dict[str, Callable[[Dataset], Dataset]]:
+    """By name, in order, what appends each stage between list and commit to a plan over rows of videos."""
+    window = quality.Window(size=config.crops.size, columns=crops.SCORE_COLUMNS)
+    return {
+        "download": partial(
+            download.add_downloads, config=config.download, cache=cache_uri(config)
+        ),
+        "tracks": partial(tracks.add_tracks, config=config.tracks),
+        "crops": partial(crops.add_crops, config=config.crops, decoder=config.tracks.decoder),
+        "identities": partial(identities.add_embeddings, config=config.identities),
+        "quality": partial(quality.add_quality, window=window, config=config.quality),
+        "annotate": partial(annotate.add_annotations, config=config.annotate),
+    }
+
+
+def describe_windows(config: PreprocessConfig) -> dict[str, Any]:
     """What a reader must know about the windows of a dataset and what is stored with them."""
-    return annotate.describe(crops.describe(config.crops), config.annotate)
+    told = crops.describe(config.crops)
+    scores = [*told["scores"], *quality.SCORE_COLUMNS]
+    return told | {"scores": scores} | annotate.describe(config.annotate)
 
 
 def cache_uri(config: PreprocessConfig) -> str:
@@ -321,12 +370,7 @@ def run(config: PreprocessConfig, videos: Iterable[Video], progress: Progress) -
         NothingUsableError: nothing passed; ledger and report are written all the same. Or the canary failed.
     """
     started = time.perf_counter()
-    configure_ray_data(config)
-    storage.remove_temporary(config.output)
-    if storage.exists(storage.join(config.output, UNNEEDED)):
-        drop_work(config.output)
-    if config.download.canary:
-        require_canary(config.download)
+    prepare(config)
     keys, stage_seconds, new_videos = process(config, videos, progress)
     manifest, retryable = publish(config, keys, progress)
     if not config.keep_work and not retryable:
@@ -338,6 +382,20 @@ def run(config: PreprocessConfig, videos: Iterable[Video], progress: Progress) -
         new_videos=new_videos,
         retryable=retryable,
     )
+
+
+def prepare(config: PreprocessConfig) -> None:
+    """What comes before the first video: what killed runs left goes, and the canary is fetched.
+
+    Raises:
+        NothingUsableError: the canary failed.
+    """
+    configure_ray_data(config)
+    storage.remove_temporary(config.output)
+    if storage.exists(storage.join(config.output, UNNEEDED)):
+        drop_work(config.output)
+    if config.download.canary:
+        require_canary(config.download)
 
 
 def drop_work(output: str) -> None:
@@ -396,8 +454,6 @@ def process(
     keys: list[str] = []
     seconds: Counter[str] = Counter()
     count = 0
-    if config.download.from_downloads:
-        videos = archive.take_from(config.download.from_downloads, videos)
     for window in batched(videos, config.window):
         keys += [video.key for video in window]
         progress.listed(len(keys))
@@ -484,9 +540,12 @@ def publish(
                         frames=commit.frames[key],
                         split=video.split,
                         embedding=track.embedding,
+                        window_side=track.scores["window_side"],
+                        hash_marks=quality.hash_marks(track.hashes),
+                        hashes=quality.hash_bytes(track.hashes),
                     )
                 )
-    decisions = identities.decide(candidates, config.identities)
+    decisions = decide(candidates, config)
     kept = [
         (decisions[item.key].split, item.identity, slices[item.key])
         for item in candidates
@@ -529,7 +588,7 @@ def publish(
         "list_sha256": list_sha256,
         "counts": tally.counts(),
         "splits": tally.splits(),
-        "members": describe_crop(config) | identities.describe(config.identities),
+        "members": describe_windows(config) | identities.describe(config.identities),
         "buckets": buckets,
         "shards": listing,
         "index": shards.write_index(records, output) if records else {},
@@ -548,6 +607,19 @@ def publish(
         if name not in named:
             storage.remove(storage.join(output, "shards", name))
     return manifest, retryable
+
+
+def decide(
+    candidates: list[identities.Candidate], config: PreprocessConfig
+) -> dict[str, identities.Decision]:
+    """Which tracks are published in which split, by key: copies go first, so that they count for nothing else."""
+    copies = quality.find_duplicates(candidates, config.quality)
+    single = [item for item in candidates if item.key not in copies]
+    decisions = identities.decide(single, config.identities)
+    splits = {item.key: item.split for item in candidates}
+    for key, (cause, detail) in copies.items():
+        decisions[key] = identities.Decision(split=splits[key], cause=cause.value, detail=detail)
+    return decisions
 
 
 class Tally:
