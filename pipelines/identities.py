@@ -57,6 +57,8 @@ SAME_PERSON: dict[EmbedderName, float] = {
 STRICTNESS = {"": -1, "train": 0, "val": 1, "test": 2}
 """Who gives way when one person or video is on two sides: the side that is trained on."""
 
+IDENTITIES_AT_ONCE = 1000
+"""Rows of the table of cosines between identities that are held in memory."""
 CROPS_AT_ONCE = 64
 """Decoded crops held in memory."""
 MAX_CENTRES = 512
@@ -79,6 +81,9 @@ class IdentitiesConfig:
     """Fewest frames that must agree."""
     min_video_cosine: float = 0.0
     """Tracks below this cosine to the identity's other videos are rejected; 0: the embedder's own threshold."""
+    min_twin_cosine: float = 0.0
+    """Two identities whose means are at least this alike count as one person under two names: both stay, but on one side
+    of the split. 0: halfway between the embedder's own threshold and 1; 1: never."""
     min_identity_videos: int = 1
     """Fewest videos of an identity."""
     min_identity_frames: int = 9
@@ -92,6 +97,8 @@ class IdentitiesConfig:
         for name in ("min_frame_cosine", "min_video_cosine"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a cosine from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.min_twin_cosine <= 1:
+            raise ValueError(f"min_twin_cosine is a cosine from 0 to 1, got {self.min_twin_cosine}")
         if not 0.5 < self.min_majority <= 1:
             raise ValueError(f"min_majority must be above 0.5, at most 1, got {self.min_majority}")
         if not 0 <= self.test_share < 1:
@@ -109,6 +116,11 @@ class IdentitiesConfig:
     def video_threshold(self) -> float:
         """``min_video_cosine`` or the embedder's own."""
         return self.min_video_cosine or SAME_PERSON[self.embedder]
+
+    @property
+    def twin_threshold(self) -> float:
+        """``min_twin_cosine`` or halfway between the embedder's own threshold and 1."""
+        return self.min_twin_cosine or (1 + SAME_PERSON[self.embedder]) / 2
 
 
 def weight_names(config: IdentitiesConfig) -> tuple[str, ...]:
@@ -297,7 +309,7 @@ def decide(candidates: Iterable[Candidate], config: IdentitiesConfig) -> dict[st
     """Decide for every track of a dataset; the order of the candidates does not matter.
 
     First the tracks that look unlike their identity's other videos go, then identities that are too small, then what
-    would put one video on two sides of the split, then identities that this made too small.
+    would put one video or one person on two sides of the split, then identities that this made too small.
 
     Returns:
         a decision for the key of each candidate.
@@ -306,8 +318,9 @@ def decide(candidates: Iterable[Candidate], config: IdentitiesConfig) -> dict[st
     gone = strangers(everyone, config.video_threshold)
     gone |= too_small(_without(everyone, gone), config)
     staying = _without(everyone, gone)
-    splits = split_identities(staying, config.test_share)
-    gone |= leaks(staying, splits)
+    twins = find_twins(staying, config.twin_threshold)
+    splits = split_identities(staying, config.test_share, twins)
+    gone |= twin_leaks(staying, splits, twins) | leaks(staying, splits)
     gone |= too_small(_without(everyone, gone), config)
     decisions = {}
     for track in everyone:
@@ -393,11 +406,43 @@ def too_small(tracks: list[Candidate], config: IdentitiesConfig) -> Reasons:
     return gone
 
 
-def split_identities(tracks: list[Candidate], test_share: float) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Twins:
+    """Two identities that look like one person."""
+
+    one: str
+    other: str
+    """Later in the alphabet than ``one``."""
+    cosine: float
+    """Of their means."""
+
+
+def find_twins(tracks: list[Candidate], threshold: float) -> list[Twins]:
+    """Pairs of identities whose means, over all frames of all tracks, have at least this cosine; sorted by name."""
+    names, owner = np.unique([track.identity for track in tracks], return_inverse=True)
+    if len(names) < 2 or threshold >= 1:
+        return []
+    sums = np.zeros((len(names), len(np.asarray(tracks[0].embedding))))
+    weighted = np.stack([track.frames * np.asarray(track.embedding, float) for track in tracks])
+    np.add.at(sums, owner, weighted)
+    means = unit(sums)
+    found = []
+    for start in range(0, len(names), IDENTITIES_AT_ONCE):
+        cosines = np.round(means[start : start + IDENTITIES_AT_ONCE] @ means.T, DECIMALS)
+        for row, column in np.argwhere(cosines >= threshold).tolist():
+            if start + row < column:
+                pair = names[start + row], names[column]
+                found.append(Twins(one=pair[0], other=pair[1], cosine=float(cosines[row, column])))
+    return found
+
+
+def split_identities(
+    tracks: list[Candidate], test_share: float, twins: Iterable[Twins] = ()
+) -> dict[str, str]:
     """The split of each identity: the list's (of several the one that is tested on), else by hash.
 
-    Identities without an official split that share a video, directly or through others, are hashed as one, by the
-    first of their names.
+    Identities without an official split that share a video or look like one person, directly or through others, are
+    hashed as one, by the first of their names.
     """
     splits: dict[str, str] = {}
     for track in tracks:
@@ -420,6 +465,10 @@ def split_identities(tracks: list[Candidate], test_share: float) -> dict[str, st
                     find(listed_by.setdefault(source, track.identity)),
                 )
                 leader[max(one, other)] = min(one, other)
+    for pair in twins:
+        if pair.one in leader and pair.other in leader:
+            one, other = find(pair.one), find(pair.other)
+            leader[max(one, other)] = min(one, other)
     for name in leader:
         splits[name] = "test" if hash_share(find(name)) < test_share else "train"
     return splits
@@ -454,6 +503,23 @@ def leaks(tracks: list[Candidate], splits: dict[str, str]) -> Reasons:
             if STRICTNESS[splits[held]] > STRICTNESS[splits[track.identity]]:
                 detail = f"the same video is in {splits[held]} as {held}"
                 gone[track.key] = (Cause.IDENTITY_SPLIT_LEAK, detail)
+    return gone
+
+
+def twin_leaks(tracks: list[Candidate], splits: dict[str, str], twins: Iterable[Twins]) -> Reasons:
+    """Tracks of identities that look like one of a stricter split."""
+    stricter: dict[str, Twins] = {}
+    for pair in twins:
+        lax, strict = sorted((pair.one, pair.other), key=lambda name: STRICTNESS[splits[name]])
+        if splits[lax] != splits[strict]:
+            stricter.setdefault(lax, pair)
+    gone: Reasons = {}
+    for track in tracks:
+        if track.identity in stricter:
+            pair = stricter[track.identity]
+            held = pair.other if track.identity == pair.one else pair.one
+            detail = f"looks like {held} of {splits[held]}, cosine {pair.cosine:.3f}"
+            gone[track.key] = (Cause.IDENTITY_SPLIT_LEAK, detail)
     return gone
 
 

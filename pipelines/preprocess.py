@@ -551,6 +551,10 @@ def publish(
         for item in candidates
         if not decisions[item.key].cause
     ]
+    twins = identities.find_twins(
+        [item for item in candidates if not decisions[item.key].cause],
+        config.identities.twin_threshold,
+    )
     plans, buckets = shards.plan_shards(kept, config.shards.target_mb, before.get("buckets", {}))
     records = []
     for record in shards.pack_all(plans, output, config.shards):
@@ -589,6 +593,7 @@ def publish(
         "counts": tally.counts(),
         "splits": tally.splits(),
         "members": describe_windows(config) | identities.describe(config.identities),
+        "twins": [[pair.one, pair.other, pair.cosine] for pair in twins],
         "buckets": buckets,
         "shards": listing,
         "index": shards.write_index(records, output) if records else {},

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+PARSING = threading.Lock()
+"""Held while a ``.npy`` header is parsed; see :func:`npy_array`."""
 
 SCHEMA_VERSION = 1
 """Of the dataset on disk (docs/formats.md). A change bumps it and ships a reader or a clear refusal."""
@@ -434,7 +438,10 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
 
 def npy_array(data: bytes) -> NDArray[Any]:
     """Inverse of :func:`npy_bytes`."""
-    array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+    # numpy parses the header with ``ast``, which in Python 3.11.7 fails now and then when two threads do it at once
+    # ("AST constructor recursion depth mismatch", seen in the report's reading threads)
+    with PARSING:
+        array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
     return array
 
 
