@@ -28,7 +28,14 @@ from pipelines.voxceleb import ListError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DONE, FAULT, USAGE, NOTHING = 0, 1, 2, 3
-USER_ERRORS = (ConfigError, DatasetError, ListError, TrackingError, WeightsError)
+USER_ERRORS = (
+    ConfigError,
+    DatasetError,
+    ListError,
+    storage.PlaceError,
+    TrackingError,
+    WeightsError,
+)
 
 Config = TypeVar("Config")
 console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -78,7 +85,10 @@ def main(job: Callable[[], None]) -> None:
     try:
         job()
     except USER_ERRORS as error:
-        usage(str(error))
+        original = getattr(
+            error, "cause", error
+        )  # of an error in a worker, to which Ray adds lines
+        usage(str(original).splitlines()[0])
     except NothingUsableError as error:
         Console(stderr=True, soft_wrap=True, markup=False).print(f"nothing usable: {error}")
         raise SystemExit(NOTHING) from None

@@ -415,8 +415,12 @@ def configure_ray_data(config: PreprocessConfig) -> None:
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for name in ("exceptions", "_internal.execution.streaming_executor_state"):
+        # they print what is raised as well; who catches it tells it once
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 64 * 2**20
+    context.raise_original_map_exception = True  # so that a PlaceError arrives here as one
     patience = download.manners_towards("", config.download).patience_seconds
     deadlines = 3 * config.download.deadline_seconds
     context.execution_no_progress_timeout_s = max(1800, int(deadlines + patience))

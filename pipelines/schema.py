@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import io
 import logging
+import platform
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -26,6 +28,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
+
+from pipelines import storage
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -380,15 +384,19 @@ Stage = Callable[[Video, list[Member]], tuple[Video, list[Member]]]
 def run_stage(name: str, stage: Stage, row: VideoRow) -> VideoRow:
     """Run one stage on one row: skip finished rows, time it, and turn a crash into a ``failed`` row.
 
-    An exception inside a Ray Data ``map`` would end the whole job, so this is the one place where everything
-    is caught; the row keeps the exception's type and text and is tried again by the next run.
+    An exception inside a Ray Data ``map`` ends the whole job, so this is the one place where everything is caught; the
+    row keeps the exception's type and text and is tried again by the next run. Only a :class:`storage.PlaceError`, a full
+    disk say, does end the job.
     """
     video, members = from_row(row)
     if not video.live:
         return row
     started = time.perf_counter()
     try:
-        video, members = stage(video, members)
+        with storage.writing(f"{tempfile.gettempdir()} of {platform.node()}", storage.FULL):
+            video, members = stage(video, members)
+    except storage.PlaceError:  # not this video's fault, and the next one would meet it too
+        raise
     except Exception as error:
         logger.exception("stage %s crashed on %s", name, video.key)
         video = reject(video, Cause.CRASH, f"{name}: {type(error).__name__}: {error}")
