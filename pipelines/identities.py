@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import cv2
 import numpy as np
@@ -251,7 +250,7 @@ def embed(
 # ---------------------------------------------------------------------------------------------- all tracks
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Candidate:
     """What is known of one finished track when the dataset is put together."""
 
@@ -259,8 +258,9 @@ class Candidate:
     """Of the sample."""
     identity: str
     video: str
-    sources: tuple[str, ...]
-    """What would tell that two identities list one video: its URL or path, and the sha256 of its file."""
+    sources: tuple[Hashable, ...]
+    """What would tell that two identities list one video: its URL or path, and the sha256 of its file, or hashes of
+    these; false where it is not known."""
     frames: int
     split: str
     """Official split of the list, or empty."""
@@ -296,19 +296,13 @@ Reasons = dict[str, tuple[Cause, str]]
 def decide(candidates: Iterable[Candidate], config: IdentitiesConfig) -> dict[str, Decision]:
     """Decide for every track of a dataset; the order of the candidates does not matter.
 
-    First the tracks that look unlike their identity's other videos go, then identities that are too small, then what
-    would put one video on two sides of the split, then identities that this made too small.
+    First the tracks that look unlike their identity's other videos go, then :func:`settle`.
 
     Returns:
         a decision for the key of each candidate.
     """
     everyone = sorted(candidates, key=lambda track: (track.identity, track.video, track.key))
-    gone = strangers(everyone, config.video_threshold)
-    gone |= too_small(_without(everyone, gone), config)
-    staying = _without(everyone, gone)
-    splits = split_identities(staying, config.test_share)
-    gone |= leaks(staying, splits)
-    gone |= too_small(_without(everyone, gone), config)
+    splits, gone = settle(everyone, strangers(everyone, config.video_threshold), config)
     decisions = {}
     for track in everyone:
         if track.key in gone:
@@ -320,8 +314,45 @@ def decide(candidates: Iterable[Candidate], config: IdentitiesConfig) -> dict[st
     return decisions
 
 
-def _without(tracks: list[Candidate], gone: Reasons) -> list[Candidate]:
-    return [track for track in tracks if track.key not in gone]
+def settle(
+    tracks: Tracks, gone: Reasons, config: IdentitiesConfig
+) -> tuple[dict[str, str], Reasons]:
+    """What is decided over all identities, without a look at a vector.
+
+    Identities that are too small go, then what would put one video on two sides of the split, then identities that this
+    made too small.
+
+    Args:
+        tracks: sorted by identity; gone through several times, never held.
+        gone: those of them that do not stay already.
+        config: of the stage.
+
+    Returns:
+        the split of every identity that had a track left before the last two steps, and ``gone`` with what went here.
+    """
+    gone = dict(gone)
+    gone |= too_small(Without(tracks, gone), config)
+    splits = split_identities(Without(tracks, gone), config.test_share)
+    gone |= leaks(Without(tracks, gone), splits)
+    gone |= too_small(Without(tracks, gone), config)
+    return splits, gone
+
+
+class Tracks(Protocol):
+    """Candidates that can be gone through again and again: a list, or a table that makes them anew."""
+
+    def __iter__(self) -> Iterator[Candidate]: ...
+
+
+@dataclass(frozen=True)
+class Without:
+    """Tracks without some of them."""
+
+    tracks: Tracks
+    gone: Reasons
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return (track for track in self.tracks if track.key not in self.gone)
 
 
 def strangers(tracks: list[Candidate], threshold: float) -> Reasons:
@@ -374,26 +405,26 @@ def compare_videos(
     return cosines, num_others
 
 
-def too_small(tracks: list[Candidate], config: IdentitiesConfig) -> Reasons:
-    """All tracks of identities with too few videos or frames."""
-    frames: Counter[str] = Counter()
-    videos = defaultdict(set)
-    for track in tracks:
-        frames[track.identity] += track.frames
-        videos[track.identity].add(track.video)
+def too_small(tracks: Tracks, config: IdentitiesConfig) -> Reasons:
+    """All tracks of identities with too few videos or frames; ``tracks`` are sorted by identity."""
     gone: Reasons = {}
-    for track in tracks:
-        num_videos, num_frames = len(videos[track.identity]), frames[track.identity]
+    for identity, group in itertools.groupby(tracks, lambda track: track.identity):
+        people = list(group)
+        num_videos = len({track.video for track in people})
+        num_frames = sum(track.frames for track in people)
         if num_videos < config.min_identity_videos:
-            detail = f"{track.identity} has {num_videos} videos, needs {config.min_identity_videos}"
-            gone[track.key] = (Cause.IDENTITY_FEW_VIDEOS, detail)
+            detail = f"{identity} has {num_videos} videos, needs {config.min_identity_videos}"
+            reason = Cause.IDENTITY_FEW_VIDEOS, detail
         elif num_frames < config.min_identity_frames:
-            detail = f"{track.identity} has {num_frames} frames, needs {config.min_identity_frames}"
-            gone[track.key] = (Cause.IDENTITY_FEW_FRAMES, detail)
+            detail = f"{identity} has {num_frames} frames, needs {config.min_identity_frames}"
+            reason = Cause.IDENTITY_FEW_FRAMES, detail
+        else:
+            continue
+        gone |= dict.fromkeys((track.key for track in people), reason)
     return gone
 
 
-def split_identities(tracks: list[Candidate], test_share: float) -> dict[str, str]:
+def split_identities(tracks: Tracks, test_share: float) -> dict[str, str]:
     """The split of each identity: the list's (of several the one that is tested on), else by hash.
 
     Identities without an official split that share a video, directly or through others, are hashed as one, by the
@@ -411,7 +442,7 @@ def split_identities(tracks: list[Candidate], test_share: float) -> dict[str, st
             leader[name] = name = leader[leader[name]]
         return name
 
-    listed_by: dict[str, str] = {}
+    listed_by: dict[Hashable, str] = {}
     for track in tracks:
         if track.identity in leader:
             for source in filter(None, track.sources):
@@ -430,7 +461,7 @@ def hash_share(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
-def leaks(tracks: list[Candidate], splits: dict[str, str]) -> Reasons:
+def leaks(tracks: Tracks, splits: dict[str, str]) -> Reasons:
     """Tracks that would let the training see what is tested on.
 
     Those are tracks that the list puts in another split than their identity, and tracks of a video that a stricter split
@@ -442,15 +473,18 @@ def leaks(tracks: list[Candidate], splits: dict[str, str]) -> Reasons:
         if track.split and track.split != split:
             detail = f"listed for {track.split}, but {track.identity} is also listed for {split}"
             gone[track.key] = (Cause.IDENTITY_SPLIT_LEAK, detail)
-    left = _without(tracks, gone)
-    strictest: dict[str, str] = {}
+    left = Without(tracks, gone)
+    strictest: dict[
+        Hashable, str
+    ] = {}  # without the many that are trained on: nothing gives way to them
     for track in left:
-        for source in filter(None, track.sources):
-            held = strictest.setdefault(source, track.identity)
-            if STRICTNESS[splits[track.identity]] > STRICTNESS[splits[held]]:
-                strictest[source] = track.identity
+        if STRICTNESS[splits[track.identity]] > STRICTNESS["train"]:
+            for source in filter(None, track.sources):
+                held = strictest.setdefault(source, track.identity)
+                if STRICTNESS[splits[track.identity]] > STRICTNESS[splits[held]]:
+                    strictest[source] = track.identity
     for track in left:
-        for held in (strictest[source] for source in track.sources if source):
+        for held in (strictest[source] for source in track.sources if source in strictest):
             if STRICTNESS[splits[held]] > STRICTNESS[splits[track.identity]]:
                 detail = f"the same video is in {splits[held]} as {held}"
                 gone[track.key] = (Cause.IDENTITY_SPLIT_LEAK, detail)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -43,11 +43,10 @@ BINS = 30
 
 # fmt: off
 COLUMNS = [
-    "kind", "key", "identity", "split", "state", "stage", "cause", "detail", "frames", "dropped", "scores", "start",
-    "end", "seconds", "versions",
+    "kind", "key", "identity", "split", "state", "stage", "cause", "detail", "frames", "dropped", "start", "end",
 ]
 # fmt: on
-"""Of the ledger; its long texts are read on their own."""
+"""Of the ledger; its long columns are read one at a time, not to hold all of them."""
 
 GATES = (
     ("window_side", "Window side", "source pixels, median of a track", "crops.min_window"),
@@ -89,22 +88,16 @@ LABEL_RGB = {
 """Colour of each label of a window; the background has none."""
 
 
-def write(output: str, manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+def write(output: str, manifest: Mapping[str, Any]) -> None:
     """Make the page of a dataset that is being published.
 
     Args:
-        output: dataset URI; its ledger is written.
+        output: dataset URI; its ledger is written, and its shards and index where anything is published.
         manifest: as ``dataset.json`` will hold it.
-        records: of :func:`pipelines.shards.pack`, whose shards are written; empty when nothing is published.
     """
     ledger = shards.read_ledger(output, COLUMNS)
     chosen = choose(ledger)
-    samples = [
-        {**sample, "shard": record["name"], "split": record["split"]}
-        for record in records
-        for sample in record["samples"]
-        if sample["key"] in chosen
-    ]
+    samples = shards.index_rows(output, chosen) if manifest["shards"] else []
     _write_page(output, manifest, ledger, contact_sheets(output, samples, chosen))
 
 
@@ -116,10 +109,9 @@ def rebuild(output: str) -> None:
     """
     manifest = shards.read_manifest(output)
     ledger = shards.read_ledger(output, COLUMNS)
-    index = shards.read_index(output)
+    shards.read_index(output)  # whole, as the manifest says
     chosen = choose(ledger)
-    wanted = pa.array(sorted(chosen), pa.string())
-    samples = index.filter(pc.is_in(index["key"], wanted)).to_pylist()
+    samples = shards.index_rows(output, chosen)
     _write_page(output, manifest, ledger, contact_sheets(output, samples, chosen))
 
 
@@ -137,18 +129,20 @@ def _write_page(
     )
     environment.filters["thousands"] = lambda number: f"{number:,}"
     environment.filters["short"] = _short
+    read = partial(shards.read_ledger, output)
+    versions = _column(read(["kind", "versions"]), "versions")
     page = environment.get_template("report.html.jinja").render(
         manifest=manifest,
         colours=STAGE_ORDER,
         bars=funnel(manifest["counts"]),
         causes=cause_tables(manifest["counts"]["causes"], ledger),
-        histograms=histograms(ledger, manifest["config"]),
+        histograms=histograms(read(["kind", "state", "scores"]), manifest["config"]),
         sheets=sheets,
         legend=legend(sheets),
         time_maps=time_maps(output),
-        rejected=rejected_tracks(ledger),
-        stages=stage_seconds(ledger),
-        versions=[_short(text) for text in _column(ledger, "versions").unique().to_pylist()[:5]],
+        rejected=rejected_tracks(read_rejected(output)),
+        stages=stage_seconds(read(["kind", "seconds"])),
+        versions=[_short(text) for text in versions.unique().to_pylist()[:5]],
     )
     storage.write_atomic(storage.join(output, PAGE), page.encode())
 
@@ -165,6 +159,17 @@ def _rows(ledger: pa.Table, kind: str, published: bool) -> pa.Table:
     is_published = pc.equal(ledger["state"], "published")
     state = is_published if published else pc.invert(is_published)
     return ledger.filter(pc.and_(pc.equal(ledger["kind"], kind), state))
+
+
+def read_rejected(output: str) -> pa.Table:
+    """The rows of the ledger, scores and all, of tracks that are not published."""
+    columns = [*COLUMNS, "scores"]
+    tables = (
+        _rows(pa.Table.from_batches([batch]), "track", published=False)
+        for batch in shards.ledger_batches(output, columns)
+    )
+    schema = pa.schema([shards.LEDGER_SCHEMA.field(name) for name in columns])
+    return pa.concat_tables([schema.empty_table(), *tables])
 
 
 def _column(ledger: pa.Table, name: str) -> pa.ChunkedArray:

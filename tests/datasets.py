@@ -283,7 +283,7 @@ def make_dataset(
         "index": shards.write_index(records, output) if records else {},
         "tools": {"ray": "2.60.0"},
     }
-    report.write(output, manifest, records)
+    report.write(output, manifest)
     if records:
         shards.write_manifest(manifest, output)
     return manifest

@@ -394,7 +394,7 @@ def page_of(output: str, people: int) -> tuple[int, set[str]]:
         "shards": [],
         "tools": {},
     }
-    report.write(output, manifest, [])
+    report.write(output, manifest)
     return Path(output, report.PAGE).stat().st_size, report.choose(shards.read_ledger(output))
 
 
