@@ -225,7 +225,7 @@ def run_one(config: MemoryConfig) -> dict[str, Any]:
         videos_per_block=config.videos_per_block,
         shards=ShardsConfig(target_mb=config.shard_mb),
     )
-    preprocess.stage_adders = partial(dummy_adders, config.gone)  # type: ignore[assignment]
+    preprocess.stage_adders = partial(dummy_adders, config.gone)
     started = time.perf_counter()
     before = resident_mib(os.getpid(), "RssAnon")
     with Watch() as watch:

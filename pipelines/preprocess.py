@@ -559,7 +559,9 @@ def publish(
         for record in records
     ]
     changed = before.get("shards") != listing
-    packed = (shards.packed_record(record["digest"], output) for record in records)
+    indexed = (
+        shards.index_table(shards.packed_record(record["digest"], output)) for record in records
+    )
     manifest = {
         "format": "headray",
         "schema_version": SCHEMA_VERSION,
@@ -571,7 +573,7 @@ def publish(
         "members": describe_windows(config) | identities.describe(config.identities),
         "buckets": buckets,
         "shards": listing,
-        "index": shards.write_index(packed, output) if records else {},
+        "index": shards.write_index_tables(indexed, output) if records else {},
         "tools": tool_versions(),
     }
     report.write(output, manifest)
