@@ -136,12 +136,12 @@ def _write_page(
         colours=STAGE_ORDER,
         bars=funnel(manifest["counts"]),
         causes=cause_tables(manifest["counts"]["causes"], ledger),
-        histograms=histograms(read(["kind", "state", "scores"]), manifest["config"]),
+        histograms=histograms(gate_scores(output), manifest["config"]),
         sheets=sheets,
         legend=legend(sheets),
         time_maps=time_maps(output),
         rejected=rejected_tracks(read_rejected(output)),
-        stages=stage_seconds(read(["kind", "seconds"])),
+        stages=stage_seconds(shards.ledger_batches(output, ["kind", "seconds"])),
         versions=[_short(text) for text in versions.unique().to_pylist()[:5]],
     )
     storage.write_atomic(storage.join(output, PAGE), page.encode())
@@ -361,28 +361,21 @@ def rejected_tracks(ledger: pa.Table) -> dict[str, Any]:
     return {"rows": rows, "total": tracks.num_rows}
 
 
-def stage_seconds(ledger: pa.Table) -> list[dict[str, Any]]:
-    """Worker seconds of each stage over all videos, the slowest stage first."""
-    videos = ledger.filter(pc.equal(ledger["kind"], "video"))
-    chunks = videos["seconds"].chunks
-    if not chunks:
-        return []
-    table = pa.table(
-        {
-            "stage": pa.chunked_array([chunk.keys for chunk in chunks], pa.string()),
-            "seconds": pa.chunked_array([chunk.items for chunk in chunks], pa.float64()),
-        }
-    )
-    sums = table.group_by("stage").aggregate([("seconds", "sum"), ("seconds", "count")])
-    total = pc.sum(sums["seconds_sum"]).as_py() or 1.0
+def stage_seconds(batches: Iterable[pa.RecordBatch]) -> list[dict[str, Any]]:
+    """Worker seconds of each stage over all videos of a ledger, the slowest stage first."""
+    totals: dict[str, float] = {}
+    videos: dict[str, int] = {}
+    for batch in batches:
+        told = batch.filter(pc.equal(batch["kind"], "video"))["seconds"]
+        table = pa.table({"stage": told.keys, "seconds": told.items})
+        sums = table.group_by("stage").aggregate([("seconds", "sum"), ("seconds", "count")])
+        for row in sums.to_pylist():
+            totals[row["stage"]] = totals.get(row["stage"], 0.0) + row["seconds_sum"]
+            videos[row["stage"]] = videos.get(row["stage"], 0) + row["seconds_count"]
+    total = sum(totals.values()) or 1.0
     rows = [
-        {
-            "stage": row["stage"],
-            "seconds": row["seconds_sum"],
-            "videos": row["seconds_count"],
-            "share": row["seconds_sum"] / total,
-        }
-        for row in sums.to_pylist()
+        {"stage": name, "seconds": seconds, "videos": videos[name], "share": seconds / total}
+        for name, seconds in totals.items()
     ]
     return sorted(rows, key=lambda row: (-row["seconds"], row["stage"]))
 
@@ -406,13 +399,25 @@ class Histogram:
     others: int
 
 
-def histograms(ledger: pa.Table, config: Mapping[str, Any]) -> list[Histogram]:
+def gate_scores(output: str) -> dict[tuple[str, bool], NDArray[np.float64]]:
+    """By (score of :data:`GATES`, whether they are published): that score of all tracks that have it."""
+    found: dict[tuple[str, bool], list[NDArray[np.float64]]] = {
+        (gate[0], state): [np.zeros(0)] for gate in GATES for state in (True, False)
+    }
+    for batch in shards.ledger_batches(output, ["kind", "state", "scores"]):
+        table = pa.Table.from_batches([batch])
+        for (score, state), values in found.items():
+            values.append(_scores(_rows(table, "track", published=state), score))
+    return {gate: np.concatenate(values) for gate, values in found.items()}
+
+
+def histograms(
+    scores: Mapping[tuple[str, bool], NDArray[np.float64]], config: Mapping[str, Any]
+) -> list[Histogram]:
     """A histogram over all tracks for each of :data:`GATES` that any track has a score for."""
     drawn = []
     for score, title, unit, threshold in GATES:
-        published, others = (
-            _scores(_rows(ledger, "track", published=state), score) for state in (True, False)
-        )
+        published, others = scores[score, True], scores[score, False]
         if published.size + others.size:
             drawn.append(histogram(title, unit, published, others, float(config[threshold])))
     return drawn
