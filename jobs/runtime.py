@@ -167,7 +167,8 @@ def connect(minimum_cpus: float) -> None:
     """Join the cluster that ``RAY_ADDRESS`` names, else start a private one on this machine.
 
     Args:
-        minimum_cpus: logical CPUs that the plan needs to run at all; a smaller machine is told it has that many.
+        minimum_cpus: logical CPUs that the plan needs to run at all. A private cluster is told that it has as many more
+            as the machine has cores: most pools wait most of the time, and the slowest must be able to use every core.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -201,7 +202,7 @@ def connect(minimum_cpus: float) -> None:
     else:
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, int(minimum_cpus + 0.999)),
+            num_cpus=(os.cpu_count() or 1) + int(minimum_cpus + 0.999) - 1,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import cv2
 import numpy as np
@@ -263,7 +262,7 @@ def embed(
 # ---------------------------------------------------------------------------------------------- all tracks
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Candidate:
     """What is known of one finished track when the dataset is put together."""
 
@@ -271,8 +270,9 @@ class Candidate:
     """Of the sample."""
     identity: str
     video: str
-    sources: tuple[str, ...]
-    """What would tell that two identities list one video: its URL or path, and the sha256 of its file."""
+    sources: tuple[Hashable, ...]
+    """What would tell that two identities list one video: its URL or path, and the sha256 of its file, or hashes of
+    these; false where it is not known."""
     frames: int
     split: str
     """Official split of the list, or empty."""
@@ -308,20 +308,16 @@ Reasons = dict[str, tuple[Cause, str]]
 def decide(candidates: Iterable[Candidate], config: IdentitiesConfig) -> dict[str, Decision]:
     """Decide for every track of a dataset; the order of the candidates does not matter.
 
-    First the tracks that look unlike their identity's other videos go, then identities that are too small, then what
-    would put one video or one person on two sides of the split, then identities that this made too small.
+    First the tracks that look unlike their identity's other videos go, then :func:`settle`.
 
     Returns:
         a decision for the key of each candidate.
     """
     everyone = sorted(candidates, key=lambda track: (track.identity, track.video, track.key))
     gone = strangers(everyone, config.video_threshold)
-    gone |= too_small(_without(everyone, gone), config)
-    staying = _without(everyone, gone)
-    twins = find_twins(staying, config.twin_threshold)
-    splits = split_identities(staying, config.test_share, twins)
-    gone |= twin_leaks(staying, splits, twins) | leaks(staying, splits)
-    gone |= too_small(_without(everyone, gone), config)
+    people = itertools.groupby(Without(everyone, gone), lambda track: track.identity)
+    twins = find_twins({name: mean(tracks) for name, tracks in people}, config.twin_threshold)
+    splits, gone = settle(everyone, gone, twins, config)
     decisions = {}
     for track in everyone:
         if track.key in gone:
@@ -333,8 +329,47 @@ def decide(candidates: Iterable[Candidate], config: IdentitiesConfig) -> dict[st
     return decisions
 
 
-def _without(tracks: list[Candidate], gone: Reasons) -> list[Candidate]:
-    return [track for track in tracks if track.key not in gone]
+def settle(
+    tracks: Tracks, gone: Reasons, twins: Iterable[Twins], config: IdentitiesConfig
+) -> tuple[dict[str, str], Reasons]:
+    """What is decided over all identities, without a look at a vector.
+
+    Identities that are too small go, then what would put one video or one person on two sides of the split, then
+    identities that this made too small.
+
+    Args:
+        tracks: sorted by identity; gone through several times, never held.
+        gone: those of them that do not stay already.
+        twins: of :func:`find_twins`.
+        config: of the stage.
+
+    Returns:
+        the split of every identity that had a track left before the last two steps, and ``gone`` with what went here.
+    """
+    gone = dict(gone)
+    gone |= too_small(Without(tracks, gone), config)
+    staying = Without(tracks, gone)
+    splits = split_identities(staying, config.test_share, twins)
+    gone |= twin_leaks(staying, splits, twins) | leaks(staying, splits)
+    gone |= too_small(Without(tracks, gone), config)
+    return splits, gone
+
+
+class Tracks(Protocol):
+    """Candidates that can be gone through again and again: a list, or a table that makes them anew."""
+
+    def __iter__(self) -> Iterator[Candidate]: ...
+
+
+@dataclass(frozen=True)
+class Without:
+    """Tracks without some of them."""
+
+    tracks: Tracks
+    gone: Reasons
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return (track for track in self.tracks if track.key not in self.gone)
 
 
 def strangers(tracks: list[Candidate], threshold: float) -> Reasons:
@@ -387,22 +422,22 @@ def compare_videos(
     return cosines, num_others
 
 
-def too_small(tracks: list[Candidate], config: IdentitiesConfig) -> Reasons:
-    """All tracks of identities with too few videos or frames."""
-    frames: Counter[str] = Counter()
-    videos = defaultdict(set)
-    for track in tracks:
-        frames[track.identity] += track.frames
-        videos[track.identity].add(track.video)
+def too_small(tracks: Tracks, config: IdentitiesConfig) -> Reasons:
+    """All tracks of identities with too few videos or frames; ``tracks`` are sorted by identity."""
     gone: Reasons = {}
-    for track in tracks:
-        num_videos, num_frames = len(videos[track.identity]), frames[track.identity]
+    for identity, group in itertools.groupby(tracks, lambda track: track.identity):
+        people = list(group)
+        num_videos = len({track.video for track in people})
+        num_frames = sum(track.frames for track in people)
         if num_videos < config.min_identity_videos:
-            detail = f"{track.identity} has {num_videos} videos, needs {config.min_identity_videos}"
-            gone[track.key] = (Cause.IDENTITY_FEW_VIDEOS, detail)
+            detail = f"{identity} has {num_videos} videos, needs {config.min_identity_videos}"
+            reason = Cause.IDENTITY_FEW_VIDEOS, detail
         elif num_frames < config.min_identity_frames:
-            detail = f"{track.identity} has {num_frames} frames, needs {config.min_identity_frames}"
-            gone[track.key] = (Cause.IDENTITY_FEW_FRAMES, detail)
+            detail = f"{identity} has {num_frames} frames, needs {config.min_identity_frames}"
+            reason = Cause.IDENTITY_FEW_FRAMES, detail
+        else:
+            continue
+        gone |= dict.fromkeys((track.key for track in people), reason)
     return gone
 
 
@@ -417,27 +452,35 @@ class Twins:
     """Of their means."""
 
 
-def find_twins(tracks: list[Candidate], threshold: float) -> list[Twins]:
-    """Pairs of identities whose means, over all frames of all tracks, have at least this cosine; sorted by name."""
-    names, owner = np.unique([track.identity for track in tracks], return_inverse=True)
+def mean(tracks: Iterable[Candidate]) -> Vectors:
+    """(d,) unit mean over all frames of tracks of one identity, at least one."""
+    vectors = [track.frames * np.asarray(track.embedding, np.float64) for track in tracks]
+    return unit(np.sum(vectors, axis=0))
+
+
+def find_twins(means: Mapping[str, Vectors], threshold: float) -> list[Twins]:
+    """Pairs of identities whose means have at least this cosine, sorted by name.
+
+    Args:
+        means: of every identity, :func:`mean`.
+        threshold: least cosine; from 1 on there are none.
+    """
+    names = sorted(means)
     if len(names) < 2 or threshold >= 1:
         return []
-    sums = np.zeros((len(names), len(np.asarray(tracks[0].embedding))))
-    weighted = np.stack([track.frames * np.asarray(track.embedding, float) for track in tracks])
-    np.add.at(sums, owner, weighted)
-    means = unit(sums)
+    table = np.stack([means[name] for name in names])
     found = []
     for start in range(0, len(names), IDENTITIES_AT_ONCE):
-        cosines = np.round(means[start : start + IDENTITIES_AT_ONCE] @ means.T, DECIMALS)
+        cosines = np.round(table[start : start + IDENTITIES_AT_ONCE] @ table.T, DECIMALS)
         for row, column in np.argwhere(cosines >= threshold).tolist():
             if start + row < column:
-                pair = names[start + row], names[column]
-                found.append(Twins(one=pair[0], other=pair[1], cosine=float(cosines[row, column])))
+                one, other = names[start + row], names[column]
+                found.append(Twins(one=one, other=other, cosine=float(cosines[row, column])))
     return found
 
 
 def split_identities(
-    tracks: list[Candidate], test_share: float, twins: Iterable[Twins] = ()
+    tracks: Tracks, test_share: float, twins: Iterable[Twins] = ()
 ) -> dict[str, str]:
     """The split of each identity: the list's (of several the one that is tested on), else by hash.
 
@@ -456,7 +499,7 @@ def split_identities(
             leader[name] = name = leader[leader[name]]
         return name
 
-    listed_by: dict[str, str] = {}
+    listed_by: dict[Hashable, str] = {}
     for track in tracks:
         if track.identity in leader:
             for source in filter(None, track.sources):
@@ -479,7 +522,7 @@ def hash_share(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
-def leaks(tracks: list[Candidate], splits: dict[str, str]) -> Reasons:
+def leaks(tracks: Tracks, splits: dict[str, str]) -> Reasons:
     """Tracks that would let the training see what is tested on.
 
     Those are tracks that the list puts in another split than their identity, and tracks of a video that a stricter split
@@ -491,25 +534,29 @@ def leaks(tracks: list[Candidate], splits: dict[str, str]) -> Reasons:
         if track.split and track.split != split:
             detail = f"listed for {track.split}, but {track.identity} is also listed for {split}"
             gone[track.key] = (Cause.IDENTITY_SPLIT_LEAK, detail)
-    left = _without(tracks, gone)
-    strictest: dict[str, str] = {}
+    left = Without(tracks, gone)
+    # without the many that are trained on: nothing gives way to them
+    strictest: dict[Hashable, str] = {}
     for track in left:
-        for source in filter(None, track.sources):
-            held = strictest.setdefault(source, track.identity)
-            if STRICTNESS[splits[track.identity]] > STRICTNESS[splits[held]]:
-                strictest[source] = track.identity
+        if STRICTNESS[splits[track.identity]] > STRICTNESS["train"]:
+            for source in filter(None, track.sources):
+                held = strictest.setdefault(source, track.identity)
+                if STRICTNESS[splits[track.identity]] > STRICTNESS[splits[held]]:
+                    strictest[source] = track.identity
     for track in left:
-        for held in (strictest[source] for source in track.sources if source):
+        for held in (strictest[source] for source in track.sources if source in strictest):
             if STRICTNESS[splits[held]] > STRICTNESS[splits[track.identity]]:
                 detail = f"the same video is in {splits[held]} as {held}"
                 gone[track.key] = (Cause.IDENTITY_SPLIT_LEAK, detail)
     return gone
 
 
-def twin_leaks(tracks: list[Candidate], splits: dict[str, str], twins: Iterable[Twins]) -> Reasons:
+def twin_leaks(tracks: Tracks, splits: dict[str, str], twins: Iterable[Twins]) -> Reasons:
     """Tracks of identities that look like one of a stricter split."""
     stricter: dict[str, Twins] = {}
     for pair in twins:
+        if pair.one not in splits or pair.other not in splits:
+            continue
         lax, strict = sorted((pair.one, pair.other), key=lambda name: STRICTNESS[splits[name]])
         if splits[lax] != splits[strict]:
             stricter.setdefault(lax, pair)

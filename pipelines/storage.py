@@ -156,6 +156,19 @@ def names_below(uri: str) -> list[str]:
     return sorted(found[len(root) :] for found in fs.find(path) if found.startswith(root))
 
 
+def names_by_folder(uri: str) -> Iterator[str]:
+    """As :func:`names_below` for files in folders right below one folder, a folder at a time: a million names are never
+    held at once."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    if not fs.isdir(path):
+        return
+    for folder in sorted(entry["name"] for entry in fs.ls(path, detail=True)):
+        name = folder.rstrip("/").rpartition("/")[2]
+        for found in sorted(fs.ls(folder, detail=False)):
+            yield f"{name}/{found.rpartition('/')[2]}"
+
+
 def remove(uri: str) -> None:
     """Delete a file or a folder with all that is in it; nothing happens when it is not there."""
     fs, path = filesystem(uri)

@@ -24,6 +24,7 @@ from pipelines.identities import (
     embed,
     find_twins,
     hash_share,
+    mean,
     split_identities,
 )
 from pipelines.schema import (
@@ -398,7 +399,8 @@ def test_one_person_under_two_names_goes_to_one_side():
         candidate("anya", "b", unit(anna + 0.2 * bert), split="test"),
         candidate("bert", "c", bert, split="train"),
     ]
-    assert find_twins(listed, 0.72) == [Twins(one="anna", other="anya", cosine=0.980581)]
+    means = {item.identity: mean([item]) for item in listed}
+    assert find_twins(means, 0.72) == [Twins(one="anna", other="anya", cosine=0.980581)]
     decisions = decide(listed, ARCFACE)
     assert causes(decisions) == {"anna-a-000": Cause.IDENTITY_SPLIT_LEAK}
     assert decisions["anna-a-000"].detail == "looks like anya of test, cosine 0.981"
@@ -406,13 +408,19 @@ def test_one_person_under_two_names_goes_to_one_side():
 
 def test_twins_do_not_depend_on_how_many_are_compared_at_once(monkeypatch):
     people = unit(np.random.default_rng(5).normal(size=(30, 128)))
-    rows = [candidate(f"id{i:02d}", f"v{i}", people[i % 17]) for i in range(30)]
-    found = find_twins(rows, 0.9)
+    means = {f"id{i:02d}": people[i % 17] for i in range(30)}
+    found = find_twins(means, 0.9)
     assert {(pair.one, pair.other) for pair in found} == {
         (f"id{i:02d}", f"id{i + 17:02d}") for i in range(13)
     }
     monkeypatch.setattr("pipelines.identities.IDENTITIES_AT_ONCE", 7)
-    assert find_twins(rows, 0.9) == found
+    assert find_twins(means, 0.9) == found
+
+
+def test_the_mean_of_an_identity_counts_frames():
+    one, other = np.eye(128)[:2]
+    tracks = [candidate("anna", "a", one, frames=30), candidate("anna", "b", other, frames=10)]
+    np.testing.assert_allclose(mean(tracks), unit(3 * one + other), atol=1e-12)
 
 
 rows_of_a_list = st.lists(
