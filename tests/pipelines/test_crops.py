@@ -281,6 +281,8 @@ def test_frames_without_believable_landmarks_are_dropped_and_counted(astronaut, 
     class Spoiled:
         """The real landmarker, mistaken about one frame."""
 
+        images_at_once = landmarker.images_at_once
+
         def locate_many(self, images, given):
             found = landmarker.locate_many(images, given)
             return [
