@@ -12,10 +12,11 @@ other's noise, and a blink between them is one frame. numpy and scipy only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.signal import find_peaks, savgol_filter
+from numpy.typing import ArrayLike
+from scipy.signal import savgol_filter
 
 from pipelines.geometry import Floats
 
@@ -40,7 +41,7 @@ def runs(indices: Sequence[int]) -> list[slice]:
         return []
     edges = np.flatnonzero(np.diff(indices) != 1) + 1
     bounds = [0, *edges.tolist(), len(indices)]
-    return [slice(first, last) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [slice(first, last) for first, last in pairwise(bounds)]
 
 
 def eye_distance(points: Floats) -> float:
@@ -78,21 +79,24 @@ def eye_opening(points: Floats) -> Floats:
 
 def find_blinks(opening: Floats, indices: Sequence[int]) -> list[tuple[int, int, int]]:
     """Blinks in (n,) openings: positions of the last open frame before, of the deepest, of the first open one after."""
-    depth = BLINK_DEPTH * float(np.median(opening)) if len(opening) else 0.0
+    if not len(opening):
+        return []
+    usual = float(np.median(opening))
+    deep, shallow = (1 - BLINK_DEPTH) * usual, (1 - BLINK_DEPTH / 4) * usual
     found = []
     for run in runs(indices):
-        lows, shape = find_peaks(-opening[run], prominence=depth, wlen=2 * BLINK_FRAMES + 1)
-        for low, before, after in zip(lows, shape["left_bases"], shape["right_bases"], strict=True):
-            # the bases are the highest points within wlen: come nearer, to where the eye is nearly open
-            signal = opening[run]
-            nearly = min(signal[before], signal[after]) - depth / 4
-            while before + 1 < low and signal[before + 1] >= nearly:
-                before += 1
-            while after - 1 > low and signal[after - 1] >= nearly:
-                after -= 1
-            if after - before - 1 <= BLINK_FRAMES:
+        signal = opening[run]
+        is_low = np.flatnonzero(signal < deep)
+        for part in runs(is_low.tolist()):
+            before, after = int(is_low[part][0]) - 1, int(is_low[part][-1]) + 1
+            while before >= 0 and signal[before] < shallow:
+                before -= 1
+            while after < len(signal) and signal[after] < shallow:
+                after += 1
+            if before >= 0 and after < len(signal) and after - before - 1 <= BLINK_FRAMES:
+                low = before + int(np.argmin(signal[before : after + 1]))
                 found.append((run.start + before, run.start + low, run.start + after))
-    return found
+    return sorted(set(found))
 
 
 def blinks_kept(raw: Floats, smooth: Floats, indices: Sequence[int]) -> tuple[float, int]:
