@@ -81,7 +81,7 @@ def their_box(box: np.ndarray) -> np.ndarray:
     """The box for which face-alignment cuts the square that :func:`fan_matrix` cuts."""
     corners = transform(invert(fan_matrix(box)), [[0, 0], [FAN_SIZE, FAN_SIZE]])
     side = 195 / 200 * (corners[1] - corners[0]) / 2
-    middle = corners.mean(axis=0) + [0, 0.12 * side[1]]
+    middle = corners.mean(axis=0) + np.array([0, 0.12 * side[1]])
     return np.concatenate([middle - side / 2, middle + side / 2])
 
 

@@ -5,8 +5,8 @@ annotated box, the time map is measured (:mod:`pipelines.timemap`), the video is
 detected face that overlaps the annotated box. Without one, faces are searched in whole frames and linked while they
 overlap from one frame to the next; each person who stays long enough becomes a track.
 
-With ``search_every`` most of these frames are not searched whole: everybody is looked for where they were, closer up, and the
-whole frame is searched at once when somebody is not found there.
+With ``search_every`` most of these frames are not searched whole: everybody is looked for where they were, and the whole frame
+is searched at once when somebody is not found there.
 
 Boxes are always detected, never interpolated: a frame without a face is dropped and counted. No track crosses a cut.
 Kept frames lie on one grid of time for the whole video, so overlapping utterances find the same frames, and the
@@ -842,9 +842,11 @@ def plan_spans(
     return plans, found
 
 
-def search_near(image: Image, expected: Floats, detector: Detector) -> NDArray[np.float32]:
-    """Faces (m, 5) in the surroundings of an expected box (4,), closer up."""
-    scale = GAP_FACE_PX / float(box_sizes(expected).mean())
+def search_near(
+    image: Image, expected: Floats, detector: Detector, most: float = np.inf
+) -> NDArray[np.float32]:
+    """Faces (m, 5) in the surroundings of an expected box (4,), brought to one size but enlarged no more than ``most``."""
+    scale = min(GAP_FACE_PX / float(box_sizes(expected).mean()), most)
     return search_region(image, scale_boxes(expected, GAP_REGION), scale, detector)
 
 
@@ -895,7 +897,8 @@ class Lookout:
         """Faces where people were; None when somebody who was there in the last frame is not."""
         found = np.zeros((0, 5), np.float32)
         for seen, known in self.people:
-            near = search_near(image, known[:4], self.detector)
+            # no closer than in the whole frame: boxes found at another size agree less, and small videos would be enlarged
+            near = search_near(image, known[:4], self.detector, self.scale)
             fresh = [face for face in near if not _is_among(face, found)]
             found = np.concatenate([found, np.array(fresh, np.float32).reshape(-1, 5)])
             if seen == self.looked and not _is_among(known, found):
