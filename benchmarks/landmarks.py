@@ -41,6 +41,7 @@ from models.frozen.landmarks import (
 
 FACE = np.array([179.0, 83, 267, 171])
 """Tight box of the astronaut's face in the portrait that scikit-image ships."""
+THEIRS = "face-alignment, its call"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,17 +132,16 @@ def contenders(config: BenchmarkConfig, folder: Path) -> dict[str, Callable[...,
         return FanLandmarker(settings, random_init=config.random_weights)
 
     return {
-        "face-alignment, its call": theirs(config, state, torch.float32),
-        "face-alignment, its call in bf16": theirs(config, state, torch.bfloat16),
+        THEIRS: theirs(config, state, torch.float32),
+        f"{THEIRS} in bf16": theirs(config, state, torch.bfloat16),
         "fan fp32": ours("fp32").locate_many,
         "fan bf16": ours("bf16").locate_many,
         "dlib": load_landmarker("dlib").locate_many,
     }
 
 
-def main() -> None:
-    """Time everybody and print the table."""
-    config = tyro.cli(BenchmarkConfig, description=__doc__)
+def measure(config: BenchmarkConfig) -> dict[str, list[float]]:
+    """Seconds a face of every turn, by landmarker."""
     torch.set_num_threads(config.threads)
     cv2.setNumThreads(config.threads)
     images, boxes = frames(config)
@@ -154,7 +154,14 @@ def main() -> None:
             call(images, boxes)  # ends with points in numpy: nothing is left running on a GPU
             if turn:
                 seconds.setdefault(name, []).append((time.perf_counter() - start) / config.faces)
-    base = statistics.median(seconds["face-alignment, its call"])
+    return seconds
+
+
+def main() -> None:
+    """Time everybody and print the table."""
+    config = tyro.cli(BenchmarkConfig, description=__doc__)
+    seconds = measure(config)
+    base = statistics.median(seconds[THEIRS])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     table = Table(title=f"{device}, {config.threads} threads, {config}", title_justify="left")
     for column in ("landmarker", "ms a face", "best", "times as fast"):
