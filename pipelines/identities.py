@@ -51,6 +51,7 @@ Image = NDArray[np.uint8]
 SAME_PERSON: dict[EmbedderName, float] = {
     "dlib": embedders.DlibEmbedder.same_person,
     "mobilefacenet": embedders.MobileFaceNetEmbedder.same_person,
+    "arcface": embedders.ArcFaceEmbedder.same_person,
 }
 """Least cosine of two pictures of one person."""
 STRICTNESS = {"": -1, "train": 0, "val": 1, "test": 2}
@@ -71,7 +72,8 @@ class IdentitiesConfig:
     """Which tracks show the person they are listed under, and who is kept for testing."""
 
     embedder: EmbedderName = "dlib"
-    """``dlib`` (weights in a wheel, 75 ms a face on a CPU) or ``mobilefacenet`` (5 ms)."""
+    """``dlib`` (weights in a wheel, 75 ms a face on a CPU), ``mobilefacenet`` (5 ms), or ``arcface`` (wants a GPU; its threshold
+    was not measured here)."""
     min_frame_cosine: float = 0.0
     """Frames below this cosine to the centre of their track are dropped; 0: the embedder's own threshold."""
     min_majority: float = 0.6

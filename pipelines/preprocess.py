@@ -132,6 +132,11 @@ class PreprocessConfig:
             raise ValueError(f"plan_videos must be at least 1, got {self.plan_videos}")
         if self.plan + bool(self.stop_after) + bool(self.replay) > 1:
             raise ValueError("plan, stop_after and replay are three different things: give one")
+        if self.crops.smooth and self.tracks.frames_per_second:
+            raise ValueError(
+                "crops.smooth needs every frame: set tracks.frames_per_second to 0, not "
+                f"{self.tracks.frames_per_second:g}"
+            )
 
     @property
     def stages(self) -> tuple[Any, ...]:

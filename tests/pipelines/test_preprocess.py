@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.frozen.landmarks import FanConfig
 from pipelines import identities, preprocess, quality, shards, storage
+from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig
 from pipelines.identities import IdentitiesConfig
 from pipelines.preprocess import ConfigError, PreprocessConfig, Progress
 from pipelines.schema import Cause, Track, Video, reject
+from pipelines.tracks import TracksConfig
 from tests.datasets import make_dataset, some_videos
 
 
@@ -38,6 +41,14 @@ def dataset(tmp_path: Path) -> str:
 
 def config_of(output: str, **fields: Any) -> PreprocessConfig:
     return PreprocessConfig(input="list.csv", output=output, **fields)
+
+
+def test_options_that_would_do_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="smooth needs every frame"):
+        config_of("out", crops=CropsConfig(smooth=True))
+    config_of("out", crops=CropsConfig(smooth=True), tracks=TracksConfig(frames_per_second=0))
+    with pytest.raises(ValueError, match="fan is set, but the landmarker is dlib"):
+        CropsConfig(fan=FanConfig(flip=False))
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])
