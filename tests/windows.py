@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from models.blender.pairs import Frame
-from models.frozen.detector import load_detector
-from models.frozen.landmarks import load_landmarker
-from models.frozen.parsing import load_parser
+from models.frozen.detector import Detector, load_detector
+from models.frozen.landmarks import Landmarker, load_landmarker
+from models.frozen.parsing import Parser, load_parser
 from pipelines.annotate import frame_mask
 from pipelines.geometry import heser_window, transform, warp
 from tests.material import SHARED
@@ -30,6 +30,12 @@ class Window(NamedTuple):
 
 
 @cache
+def tools() -> tuple[Detector, Landmarker, Parser]:
+    """What finds, measures and labels a face; loading takes longer than using."""
+    return load_detector("dlib", 100), load_landmarker("dlib"), load_parser("geometric")
+
+
+@cache
 def cut(clip: str, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Picture (512, 512, 3), labels, what is inside the frame, and landmarks of one frame of a clip."""
     video = cv2.VideoCapture(str(SHARED / "videos" / f"{clip}.mp4"))
@@ -37,13 +43,13 @@ def cut(clip: str, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     found, picture = video.read()
     assert found, (clip, index)
     image = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
-    boxes = load_detector("dlib", 100).detect(image)[:1, :4]
-    landmarks = load_landmarker("dlib").locate(image, boxes)[0]
+    detector, landmarker, parser = tools()
+    landmarks = landmarker.locate(image, detector.detect(image)[:1, :4])[0]
     matrix = heser_window(landmarks, CUT)
     crop = warp(image, matrix, (CUT, CUT))
     inside = frame_mask(matrix, image.shape[1::-1], CUT)
     points = transform(matrix, landmarks)
-    return crop, load_parser("geometric").parse([crop], points[None], [inside])[0], inside, points
+    return crop, parser.parse([crop], points[None], [inside])[0], inside, points
 
 
 def window(clip: str, index: int, size: int) -> Window:

@@ -105,6 +105,9 @@ class FeatureExtractor(nn.Module):
         self.pyramid = Pyramid(channels, width)
         self.phi = spectral(nn.Conv2d(width, width, 1))
         self.theta = spectral(nn.Conv2d(width, width, 1))
+        # A and T are compared from the first step on: with projections of their own the landmarks carried between two
+        # frames were 6.4 px of 128 off after 75 steps, with equal ones 1.4 px
+        self.theta.load_state_dict(self.phi.state_dict())
 
     def load_trunk(self) -> None:
         """Read the trained weights of the trunk, if it is one that has any.
