@@ -219,7 +219,8 @@ def _dense(
 def _blocks(
     q: Tensor, k: Tensor, v: Tensor, spans: list[Span], tau: float
 ) -> tuple[Tensor, Tensor]:
-    found, lse = [v.new_zeros(0, v.shape[1])], [q.new_zeros(0)]
+    # the first, empty piece ties the result to the arguments when no label is shared
+    found, lse = [(q[:0] @ k[:0].T) @ v[:0]], [q.new_zeros(0)]
     for q0, q1, k0, k1 in spans:
         scores = (q[q0:q1] / tau) @ k[k0:k1].T
         lse.append(scores.detach().logsumexp(dim=-1))
