@@ -16,6 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -123,6 +124,38 @@ def features(cells: int, device: str, count: int) -> list[Tensor]:
     return [x[None].clone().requires_grad_() for x in large]
 
 
+def one_warp(leaves: list[Tensor], labels: list[Tensor], config: WarpConfig) -> None:
+    """Forward and backward of features and colours."""
+    fa, ft, colours = leaves
+    a, t = labels
+    units = [unit_features(x).flatten(2) for x in (fa, ft)]
+    out = warp(*units, colours, a.flatten(1), t.flatten(1), config)
+    out.values.square().sum().backward()
+    for leaf in leaves:
+        leaf.grad = None
+
+
+def training_step(
+    leaves: list[Tensor],
+    images: list[Tensor],
+    groups: list[tuple[Tensor, Tensor]],
+    config: WarpConfig,
+) -> None:
+    """What a training step does to A, T and T': both exemplars, both cycles, backward."""
+    a, *targets = [
+        make_view(unit_features(leaf), image, *both)
+        for leaf, image, both in zip(leaves, images, groups, strict=True)
+    ]
+    table = fallback_table("fine").to(leaves[0].device)
+    loss = torch.zeros((), device=leaves[0].device)
+    for t in targets:
+        exemplar = transfer(a, t, table, config, least=4, still=t.colours)
+        loss = loss + exemplar.colours.square().mean() + cycle_loss(a, t, exemplar, config)
+    loss.backward()
+    for leaf in leaves:
+        leaf.grad = None
+
+
 def study_warp(arguments: argparse.Namespace, maps: list[np.ndarray]) -> None:
     """One warp of each back-end."""
     print("| stride | cells | back-end | ms | peak MiB |\n|---|---|---|---|---|")
@@ -135,17 +168,7 @@ def study_warp(arguments: argparse.Namespace, maps: list[np.ndarray]) -> None:
             if backend == "dense" and 4 * n * n > DENSE_LIMIT:
                 print(f"| {stride} | {n} | {backend} | not run: {4 * n * n / 2**30:.0f} GiB a matrix | |")  # fmt: skip
                 continue
-            config = WarpConfig(backend=backend)
-
-            def work(config: WarpConfig = config) -> None:
-                for leaf in (fa, ft, colours):
-                    leaf.grad = None
-                out = warp(
-                    unit_features(fa).flatten(2), unit_features(ft).flatten(2), colours,
-                    a.flatten(1), t.flatten(1), config,
-                )  # fmt: skip
-                out.values.square().sum().backward()
-
+            work = partial(one_warp, [fa, ft, colours], [a, t], WarpConfig(backend=backend))
             ms, peak = measured(work, arguments.device, arguments.repeats)
             print(f"| {stride} | {n} | {backend} | {ms:.0f} | {peak:.0f} |", flush=True)
 
@@ -153,7 +176,6 @@ def study_warp(arguments: argparse.Namespace, maps: list[np.ndarray]) -> None:
 def study_memory(arguments: argparse.Namespace, maps: list[np.ndarray]) -> None:
     """The correspondence of one training sample: A with T and with T', forth and back, and both cycle losses."""
     print("| stride | back-end | ms | peak MiB |\n|---|---|---|---|")
-    table = fallback_table("fine").to(arguments.device)
     for stride in arguments.strides:
         cells = cells_of(maps, stride, arguments.device)
         n = cells[0][0].numel()
@@ -166,21 +188,7 @@ def study_memory(arguments: argparse.Namespace, maps: list[np.ndarray]) -> None:
                 print(f"| {stride} | {backend} | not run: 8 matrices of {4 * n * n / 2**30:.0f} GiB | |")  # fmt: skip
                 continue
             config = WarpConfig(backend=backend)
-
-            def work(config: WarpConfig = config) -> None:
-                views = [
-                    make_view(unit_features(leaf), image, groups, cell)
-                    for leaf, image, groups, cell in zip(leaves, images, wide, cells, strict=True)
-                ]
-                a, *targets = views
-                loss = torch.zeros((), device=arguments.device)
-                for t in targets:
-                    exemplar = transfer(a, t, table, config, least=4, still=t.colours)
-                    loss = loss + exemplar.colours.square().mean() + cycle_loss(a, t, exemplar, config)  # fmt: skip
-                loss.backward()
-                for leaf in leaves:
-                    leaf.grad = None
-
+            work = partial(training_step, leaves, images, list(zip(wide, cells, strict=True)), config)  # fmt: skip
             ms, peak = measured(work, arguments.device, arguments.repeats)
             print(f"| {stride} | {backend} | {ms:.0f} | {peak:.0f} |", flush=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class BlenderBatch:
             for start in range(0, len(self), size)
         ]
 
-    def _tensors(self) -> list[tuple[str, Tensor]]:
+    def _tensors(self) -> list[tuple[str, Any]]:
         return [(f.name, getattr(self, f.name)) for f in fields(self) if f.name != "keys"]
 
 

@@ -110,7 +110,9 @@ def transfer(
     return Exemplar(torch.where(alone, kept, warped.view_as(a.colours)), matched)
 
 
-def transfer_back(a: View, t: View, exemplar: Exemplar, config: WarpConfig) -> tuple[Tensor, Tensor]:
+def transfer_back(
+    a: View, t: View, exemplar: Exemplar, config: WarpConfig
+) -> tuple[Tensor, Tensor]:
     """I_{T→A→T}: the exemplar warped into the layout of T by the same features, softmax over A.
 
     Returns:

@@ -116,6 +116,7 @@ class FeatureExtractor(nn.Module):
             WeightsError: they are missing or wrong.
         """
         if self.trunk_name != "small":
+            assert isinstance(self.trunk, Vgg19Features)
             trained = _saved_whole(Vgg19Features(self.trunk.layers, self.trunk_name))
             self.trunk.load_state_dict(trained.state_dict())
 

@@ -10,6 +10,7 @@ Checked on the CPU by Triton's interpreter against ``dense``. Its speed, and tha
 ``gpu`` tests have run on one.
 """
 
+# ruff: noqa: N803, PLR0913  (Triton writes sizes known at compile time in capitals; kernels have no objects to pass)
 from __future__ import annotations
 
 from typing import Any
@@ -163,9 +164,7 @@ def fused_attention(
 
 def tile_table(spans: list[Span], device: torch.device) -> Tensor:
     """One row a tile: its first row, its label's last row + 1, and the other side's span. int32 (tiles, 4)."""
-    table = [
-        (start, q1, k0, k1) for q0, q1, k0, k1 in spans for start in range(q0, q1, TILE)
-    ]
+    table = [(start, q1, k0, k1) for q0, q1, k0, k1 in spans for start in range(q0, q1, TILE)]
     return torch.tensor(table, dtype=torch.int32).reshape(-1, 4).to(device, non_blocking=True)
 
 

@@ -7,7 +7,7 @@ are part of that step; HeSer.Pytorch takes a step of their own for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -38,7 +38,7 @@ PREVIEW_COLUMNS = (
 class BlenderLearnerConfig:
     """Losses' weights and optimisers. The supplement gives no weights; sources are named."""
 
-    network: BlenderConfig = BlenderConfig()
+    network: BlenderConfig = field(default_factory=BlenderConfig)
     """Shape of the Blender."""
     perceptual: PerceptualName = "vgg19"
     """Network of equation (6); ``none`` switches the term off, where no weights can be had."""
@@ -251,31 +251,30 @@ class BlenderLearner:
             found["lightness"] = losses.l1(
                 gray(blended.head_exemplar) * masks.head_a, gray(batch.animated) * masks.head_a
             )
-        if config.adversarial or config.adversarial_early:
-            found["adversarial"] = self._adversarial_loss(image, blended)
+        found["adversarial"] = self._adversarial_loss(image, blended)
         return found
 
     def _adversarial_loss(self, image: Tensor, blended: Blended) -> Tensor:
-        """Equation (11). No gradient to the discriminator, and no power iteration: its own pass takes that."""
+        """Equation (11). No gradient to the discriminator."""
         discriminator = bare(self._discriminator)
         discriminator.requires_grad_(False)
-        with (
-            held_power_iteration(discriminator),
-            autocast(self.device, self.config.precision),
-        ):
+        with autocast(self.device, self.config.precision):
             scores, _ = discriminator(conditioned(image, blended))
         discriminator.requires_grad_(True)
         return losses.hinge_generator(scores)
 
     def _discriminator_loss(self, batch: BlenderBatch, blended: Blended) -> Tensor:
-        """Equation (10); real and generated pass together."""
+        """Equation (10); real and generated pass together. The power iteration of this step was that of (11)."""
         pictures = torch.cat(
             [
                 conditioned(batch.truth, blended),
                 conditioned(losses.exact(blended.image).detach(), blended),
             ]
         )
-        with autocast(self.device, self.config.precision):
+        with (
+            held_power_iteration(self._discriminator),
+            autocast(self.device, self.config.precision),
+        ):
             scores, _ = self._discriminator(pictures)
         real, fake = scores.chunk(2)
         return losses.hinge_discriminator(real, fake)

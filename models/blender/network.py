@@ -7,8 +7,7 @@ wording of Deep Residual U-Net (Zhang et al. 2018), whose three encoding units, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -72,7 +71,7 @@ class BlenderConfig:
     """Pixels a cell of the correspondence. 4 fits the 9 GB that the supplement saves."""
     feature_width: int = 256
     """Channels of the features."""
-    warp: WarpConfig = WarpConfig()
+    warp: WarpConfig = field(default_factory=WarpConfig)
     """Temperature and back-end of the correspondence."""
     min_cells: int = 4
     """Cells below which a label counts as absent in T."""
@@ -111,7 +110,9 @@ class BlenderConfig:
 class ResidualUnit(nn.Module):
     """[ReLU,] 3x3, ReLU, 3x3 beside a 1x1. No instance or batch norm: it would erase the colour that is to be copied."""
 
-    def __init__(self, inputs: int, outputs: int, *, stride: int = 1, is_first: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, *, stride: int = 1, is_first: bool = False
+    ) -> None:
         super().__init__()
         self.is_first = is_first
         self.first = spectral(nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1))
@@ -243,7 +244,9 @@ class Blender(nn.Module):
         size = self.config.size
         for image in (animated, target):
             if image.ndim != 4 or image.shape[1:] != (3, size, size):
-                raise ValueError(f"windows must be (b, 3, {size}, {size}), got {tuple(image.shape)}")
+                raise ValueError(
+                    f"windows must be (b, 3, {size}, {size}), got {tuple(image.shape)}"
+                )
         for labels in (animated_labels, target_labels):
             check_labels(labels, size)
         masks = make_masks(
@@ -277,7 +280,7 @@ class Blender(nn.Module):
     ) -> Tensor:
         background = scene * (1 - masks.painted)
         lightness = gray(animated) * masks.head_a
-        parts: Sequence[Tensor] = (
+        parts = (
             head, ring, masks.head_a, background, masks.ring_a, lightness,
         )  # fmt: skip
         image: Tensor = self.unet(torch.cat(parts, dim=1))

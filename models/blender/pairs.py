@@ -194,7 +194,7 @@ def rotate(x: Tensor, degrees: float, shear: float, *, nearest: bool = False) ->
     matrix = torch.tensor([[[cos, slant * cos - sin, 0.0], [sin, slant * sin + cos, 0.0]]])
     grid = functional.affine_grid(matrix, [1, 1, *x.shape[1:]], align_corners=False)
     if nearest:
-        return functional.grid_sample(
-            x[None].float(), grid, mode="nearest", align_corners=False
-        )[0].to(x.dtype)
+        return functional.grid_sample(x[None].float(), grid, mode="nearest", align_corners=False)[
+            0
+        ].to(x.dtype)
     return functional.grid_sample(x[None] + 1, grid, align_corners=False)[0] - 1

@@ -39,12 +39,11 @@ def attention(a: View, t: View, num_groups: int, config: WarpConfig) -> Attentio
         functional.one_hot(view.groups.flatten(1) + 1, num_groups + 1).roll(-1, dims=-1).float()
         for view in (a, t)
     )  # (b, n, G + 1), the last for no group
-    everywhere = [torch.zeros_like(view.groups.flatten(1)) for view in (a, t)]
+    all_a, all_t = (torch.zeros_like(view.groups.flatten(1)) for view in (a, t))
     with torch.enable_grad():
         answers = kinds_t.transpose(1, 2).requires_grad_()
-        received, _ = warp(
-            a.features.detach().flatten(2), t.features.detach().flatten(2), answers, *everywhere, config
-        )  # fmt: skip
+        of_a, of_t = a.features.detach().flatten(2), t.features.detach().flatten(2)
+        received, _ = warp(of_a, of_t, answers, all_a, all_t, config)
         # what T's cells receive is the transposed product, which is the gradient with respect to the answers
         asked = kinds_a.transpose(1, 2)
         (heat,) = torch.autograd.grad(received, answers, asked)

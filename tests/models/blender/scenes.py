@@ -21,7 +21,9 @@ def drawn(seed: int, *, dx: int = 0, without: tuple[ParsingLabel, ...] = ()) -> 
     labels[y > 26] = ParsingLabel.CLOTH
     labels[radius < 130] = ParsingLabel.HAIR
     labels[(x - 16 - dx) ** 2 + (y - 17) ** 2 < 80] = ParsingLabel.SKIN
-    labels[(y > 12) & (y < 15) & ((x - 16 - dx).abs() > 2) & ((x - 16 - dx).abs() < 6)] = ParsingLabel.L_EYE
+    labels[(y > 12) & (y < 15) & ((x - 16 - dx).abs() > 2) & ((x - 16 - dx).abs() < 6)] = (
+        ParsingLabel.L_EYE
+    )
     labels[(x - 16 - dx).abs() + (y - 18).abs() < 3] = ParsingLabel.NOSE
     for label in without:
         labels[labels == label] = ParsingLabel.SKIN

@@ -71,7 +71,9 @@ def test_no_colour_is_taken_from_the_black_border():
 
 def test_small_labels_survive_the_grid_and_no_cell_gets_a_label_it_has_not():
     labels = torch.full((1, 1, SIZE, SIZE), int(ParsingLabel.SKIN), dtype=torch.uint8)
-    labels[0, 0, 10:12, 8:14] = ParsingLabel.L_EYE  # 12 of 1024 pixels, a quarter or half of each cell of 4 x 4
+    labels[0, 0, 10:12, 8:14] = (
+        ParsingLabel.L_EYE
+    )  # 12 of 1024 pixels, a quarter or half of each cell of 4 x 4
     groups = group_map(labels, torch.zeros(1, 1, SIZE, SIZE), "fine")
     cells = to_cells(groups, 15, 4)
     eye = [group.name for group in GROUPS["fine"]].index("l_eye")

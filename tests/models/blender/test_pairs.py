@@ -45,7 +45,9 @@ def test_mirroring_moves_labels_with_their_pixels_and_renames_none():
     made = pair(p_mirror=1)
     assert torch.equal(made.target, FRAME.image.flip(-1))
     assert torch.equal(made.target_labels, FRAME.labels.flip(-1))
-    assert (made.target_labels == ParsingLabel.L_EYE).sum() == (FRAME.labels == ParsingLabel.L_EYE).sum()
+    assert (made.target_labels == ParsingLabel.L_EYE).sum() == (
+        FRAME.labels == ParsingLabel.L_EYE
+    ).sum()
     assert torch.equal(made.truth, FRAME.image)
     assert torch.equal(mirror(mirror(FRAME)).image, FRAME.image)
 
@@ -89,7 +91,9 @@ def test_turning_keeps_picture_and_labels_together():
     assert torch.equal(made.target, FRAME.image)
     hair = FRAME.image[:, FRAME.labels[0] == ParsingLabel.HAIR].mean(dim=1)
     turned = made.truth[:, made.animated_labels[0] == ParsingLabel.HAIR].mean(dim=1)
-    assert (hair - turned).abs().max() < 0.1
+    assert (hair - turned).abs().max() < 0.2  # outlines are interpolated
+    picture = rotate(FRAME.image, 90, 0)
+    torch.testing.assert_close(picture, FRAME.image.rot90(1, (1, 2)), atol=1e-4, rtol=0)
     ones = rotate(torch.ones(1, SIZE, SIZE), 45, 0, nearest=True)
     assert ones[0, 0, 0] == 0
     assert ones[0, SIZE // 2, SIZE // 2] == 1

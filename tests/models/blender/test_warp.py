@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -40,7 +41,9 @@ def outcome(
     leaves = inputs(query_labels, key_labels, dtype)
     a, t, values = leaves
     out, lse = warp(unit_features(a), unit_features(t), values, query_labels, key_labels, config)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    weights = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
+    )
     (out * weights.to(dtype)).sum().backward()
     return [out.detach(), lse, *(leaf.grad for leaf in leaves)]
 
@@ -151,16 +154,22 @@ def test_labels_are_islands(backend):
     config = WarpConfig(backend=backend, tau=0.1)
 
     def run(values: Tensor, t: Tensor, key_labels: Tensor) -> Tensor:
-        return warp(unit_features(a), unit_features(t), values, labels[0], key_labels, config).values
+        return warp(
+            unit_features(a), unit_features(t), values, labels[0], key_labels, config
+        ).values
 
     before = run(values, t, labels[1])
     is_other = (labels[1] != 1)[:, None]
-    changed = run(torch.where(is_other, values + 5, values), torch.where(is_other, -t, t), labels[1])
+    changed = run(
+        torch.where(is_other, values + 5, values), torch.where(is_other, -t, t), labels[1]
+    )
     is_one = (labels[0] == 1)[:, None].expand_as(before)
     torch.testing.assert_close(changed[is_one], before[is_one])
     assert (changed - before)[~is_one].abs().max() > 1
     order = torch.randperm(labels[1].shape[1], generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(run(values[:, :, order], t[:, :, order], labels[1][:, order]), before)
+    torch.testing.assert_close(
+        run(values[:, :, order], t[:, :, order], labels[1][:, order]), before
+    )
 
 
 def test_autocast_changes_nothing():
@@ -207,7 +216,7 @@ def peak_bytes(backend: str, pixels: int) -> int:
 def growth(backend: str, sizes: tuple[int, ...]) -> list[float]:
     """By how much the peak grows from each size to its double, 2 meaning linear."""
     peaks = [peak_bytes(backend, size) for size in sizes]
-    return [larger / smaller for smaller, larger in zip(peaks[:-1], peaks[1:], strict=True)]
+    return [larger / smaller for smaller, larger in pairwise(peaks)]
 
 
 def test_peak_memory_of_chunked_is_linear_and_that_of_the_others_is_not():
@@ -251,7 +260,11 @@ for name in LABELS:
 """
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.splitlines() == list(LABELS), done.stderr
 
