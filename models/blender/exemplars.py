@@ -132,13 +132,14 @@ def transfer_back(
 
 
 def cycle_loss(a: View, t: View, exemplar: Exemplar, config: WarpConfig) -> Tensor:
-    """Equations (8) and (9): mean absolute difference of I_{T→A→T} and I_T over the cells that exist in both.
+    """Equations (8) and (9): mean absolute difference of I_{T→A→T} and I_T over the cells that exist in both, picture by picture.
 
     The supplement prints I_T in (9) where T' must be meant. 0 where the pictures share no label.
     """
     back, covered = transfer_back(a, t, exemplar, config)
-    difference = (back - t.colours).abs() * covered[:, None]
-    return difference.sum() / (3 * covered.sum()).clamp(min=1)
+    difference = (back - t.colours).abs().mean(dim=1) * covered  # (b, h, h)
+    cells = covered.sum(dim=(1, 2)).clamp(min=1)
+    return (difference.sum(dim=(1, 2)) / cells).mean()
 
 
 def enlarge(colours: Tensor, cells: Tensor, mask: Tensor) -> Tensor:
