@@ -7,6 +7,7 @@
     python benchmarks/exemplar.py attention --blender B    per-label heat maps and the share that stays in the label (Figure 5)
 
 Label maps are drawn heads of 512 x 512 with the areas of real ones (head 18 % of the window), or your own with --labels A.png T.png.
+Time on a CPU is processor time of all threads, which other work on the machine disturbs little; on a GPU what a clock shows.
 Peak is that of live tensors above the inputs, counted at every operation (benchmarks/peak.py); on a GPU, of its allocator.
 """
 
@@ -94,7 +95,7 @@ def cells_of(maps: list[np.ndarray], stride: int, device: str) -> list[Tensor]:
 
 
 def measured(work: Callable[[], None], device: str, repeats: int) -> tuple[float, float]:
-    """Milliseconds (the best of ``repeats``) and peak MiB of a piece of work."""
+    """Milliseconds of CPU or GPU (the best of ``repeats``) and peak MiB of a piece of work."""
     if device == "cuda":
         work()  # compiles and warms up
         torch.cuda.reset_peak_memory_stats()
@@ -106,13 +107,14 @@ def measured(work: Callable[[], None], device: str, repeats: int) -> tuple[float
         with PeakBytes() as counter:
             work()
         peak = counter.peak
+    clock = time.perf_counter if device == "cuda" else time.process_time
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return 1000 * min(seconds), peak / MIB
 
 
