@@ -90,6 +90,15 @@ def test_micro_batches_give_the_step_of_the_whole_batch():
             torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)
 
 
+def test_half_precision_stays_near_full_precision():
+    batch = drawn_batch()
+    full = learner().train_step(batch, 0)
+    half = learner(replace(CONFIG, precision="bf16")).train_step(batch, 0)
+    for name in ("loss/l1", "loss/cycle", "loss/discriminator"):
+        assert half[name].dtype == torch.float32
+        torch.testing.assert_close(half[name], full[name], rtol=0.05, atol=0.01)
+
+
 def test_the_adversarial_weight_rises_with_samples_not_steps():
     config = replace(CONFIG, adversarial=3.0, adversarial_early=0.5, adversarial_after=100)
     assert learner(config)._weights(99)["adversarial"] == 0.5
