@@ -130,8 +130,8 @@ def one_warp(leaves: list[Tensor], labels: list[Tensor], config: WarpConfig) -> 
     """Forward and backward of features and colours."""
     fa, ft, colours = leaves
     a, t = labels
-    units = [unit_features(x).flatten(2) for x in (fa, ft)]
-    out = warp(*units, colours, a.flatten(1), t.flatten(1), config)
+    unit_a, unit_t = (unit_features(x).flatten(2) for x in (fa, ft))
+    out = warp(unit_a, unit_t, colours, a.flatten(1), t.flatten(1), config)
     out.values.square().sum().backward()
     for leaf in leaves:
         leaf.grad = None
