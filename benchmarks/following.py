@@ -50,9 +50,9 @@ class Timed:
 
     def detect(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See :class:`Detector`."""
-        start = time.perf_counter()
+        start = time.process_time()
         found = self.detector.detect(image)
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.process_time() - start
         return found
 
 

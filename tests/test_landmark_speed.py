@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-
 import numpy as np
 import pytest
 
@@ -11,8 +9,11 @@ from benchmarks.landmarks import THEIRS, BenchmarkConfig, measure, their_box
 from models.frozen.landmarks import fan_matrix
 
 
-def times_as_fast(config: BenchmarkConfig) -> dict[str, float]:
-    medians = {name: statistics.median(values) for name, values in measure(config).items()}
+def times_as_fast(config: BenchmarkConfig, *, processor: bool = False) -> dict[str, float]:
+    medians = {
+        name: float(np.median(turns, axis=0)[int(processor)])
+        for name, turns in measure(config).items()
+    }
     return {name: medians[THEIRS] / seconds for name, seconds in medians.items()}
 
 
@@ -35,5 +36,6 @@ def test_on_a_gpu_it_is_four_times_as_fast() -> None:
 
 @pytest.mark.soak
 def test_on_a_cpu_it_is_never_slower() -> None:
-    """By hand, on a machine that does nothing else."""
-    assert times_as_fast(BenchmarkConfig(random_weights=True))["fan fp32"] >= 1
+    """By the processor's time on one thread, which other work on the machine hardly changes."""
+    gains = times_as_fast(BenchmarkConfig(faces=2, random_weights=True), processor=True)
+    assert gains["fan fp32"] >= 1
