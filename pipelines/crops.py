@@ -270,9 +270,8 @@ class Sheet:
         """A small picture of the window in the middle of the track; none where no window was cut."""
         if not self.pictures:
             return []
-        name, jpeg = self.pictures[len(self.pictures) // 2]
-        index = int(name.split(".")[1])
-        return [(snapshots.member(self.key, index), snapshots.of_window(jpeg))]
+        _, jpeg = self.pictures[len(self.pictures) // 2]
+        return [(snapshots.only(self.key), snapshots.shrink(jpeg))]
 
     def close(self, video: Video) -> tuple[Track, list[Member]]:
         """The track, judged, and its members (none when it is rejected)."""

@@ -55,26 +55,26 @@ def fit(image: NDArray[np.uint8], qualities: Sequence[int], sampling: int) -> by
     return coded
 
 
-def of_window(jpeg: bytes) -> bytes:
+def shrink(jpeg: bytes) -> bytes:
     """A snapshot of a window that is stored as a JPEG."""
     image = cv2.imdecode(np.frombuffer(jpeg, dtype=np.uint8), cv2.IMREAD_COLOR_RGB)
     assert image is not None, "a crop this pipeline wrote does not decode"
     return encode(np.asarray(image, dtype=np.uint8), WINDOW_PX)
 
 
-def member(key: str, index: int) -> str:
-    """``KEY.000123.snapshot.jpg``; KEY is a video's or a track's, the number the frame's presentation index."""
+def of_frame(key: str, index: int) -> str:
+    """``KEY.000123.snapshot.jpg``: name of a whole frame of a video; the number is its presentation index."""
     return f"{key}.{index:06d}{ENDING}"
+
+
+def only(key: str) -> str:
+    """``KEY.snapshot.jpg``: name of the window of a track, or of the one frame of a video that was rejected unseen."""
+    return f"{key}{ENDING}"
 
 
 def is_snapshot(name: str) -> bool:
     """Whether a member is a snapshot."""
     return name.endswith(ENDING)
-
-
-def frame_index(name: str) -> int:
-    """The presentation index in a snapshot's name."""
-    return int(name.removesuffix(ENDING).rsplit(".", 1)[1])
 
 
 # ---------------------------------------------------------------------------------------------- the line of time

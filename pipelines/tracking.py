@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -181,9 +182,7 @@ class Run:
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags."""
         for name, value in values.items():
-            self._attempt(
-                lambda name=name, value=value: self._client.set_tag(self.run_id, name, value)
-            )  # type: ignore[misc]
+            self._attempt(partial(self._client.set_tag, self.run_id, name, value))
 
     def note(self, markdown: str) -> None:
         """The description that MLflow shows on the run's page."""
@@ -227,8 +226,8 @@ def _dataset_entity(entry: DatasetEntry) -> Any:
         source = resolve_dataset_source(entry.uri)
     schema = _colspecs(entry.columns) if entry.columns is not None else None
     digest = entry.digest[:DIGEST_LIMIT]
-    told = MetaDataset(source, name=entry.name, digest=digest, schema=schema).to_dict()
-    return Dataset(**told, profile=json.dumps(dict(entry.profile)))
+    made = MetaDataset(source, name=entry.name, digest=digest, schema=schema)  # type: ignore[abstract]
+    return Dataset(**made.to_dict(), profile=json.dumps(dict(entry.profile)))
 
 
 def _colspecs(columns: pa.Schema) -> Any:

@@ -993,18 +993,15 @@ def tell_black(video: Video, path: str, info: VideoInfo, decoder: Decoder) -> Vi
     return reject(video, Cause.VIDEO_BLACK, detail)
 
 
-def glance(path: str, info: VideoInfo, decoder: Decoder) -> dict[int, bytes]:
-    """A snapshot, by index, from the middle of a video that was rejected unseen; none of one that does not decode."""
+def glance(path: str, info: VideoInfo, decoder: Decoder) -> list[bytes]:
+    """A snapshot from the middle of a video that was rejected unseen; none of one that does not decode."""
     try:
         middle = len(frame_times(path)) // 2
         frames = decoder.read(path, info, ranges=[(middle, middle + 1)], images=[middle])
-        return {
-            frame.index: snapshots.encode(frame.image, snapshots.FRAME_PX)
-            for frame in frames
-            if frame.image is not None
-        }
+        images = [frame.image for frame in frames if frame.image is not None]
     except VideoError:
-        return {}
+        return []
+    return [snapshots.encode(image, snapshots.FRAME_PX) for image in images]
 
 
 def show(
@@ -1018,10 +1015,9 @@ def show(
     chosen = some_of(sorted(pictures))
     shown = [(index, float(times[index])) for index in chosen]
     line = snapshots.timeline(found, cuts, shown, (info.width, info.height))
+    members = [(snapshots.of_frame(video.key, index), pictures[index]) for index in chosen]
     if not pictures:
-        pictures = glance(path, info, decoder)
-        chosen = list(pictures)
-    members = [(snapshots.member(video.key, index), pictures[index]) for index in chosen]
+        members = [(snapshots.only(video.key), jpeg) for jpeg in glance(path, info, decoder)]
     return replace(video, timeline=line), members
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from pipelines import preprocess, shards, storage
 from pipelines.download import DownloadConfig
-from pipelines.preprocess import ConfigError, PreprocessConfig, Progress
+from pipelines.preprocess import ConfigError, PreprocessConfig
+from pipelines.progress import Progress
 from pipelines.schema import Cause, Video, reject
 from tests.datasets import make_dataset, some_videos
 
@@ -109,7 +110,9 @@ def test_failed_video_is_tried_until_its_attempts_are_used(
 
     class Plan:
         def iter_rows(self) -> list[dict[str, Any]]:
-            row = {"state": "failed", "cause": "", "frames": 0, "seconds": json.dumps({})}
+            row = {"state": "failed", "cause": "", "frames": 0} | dict.fromkeys(
+                ("seconds", "stage_frames"), json.dumps({})
+            )
             return [row for _ in tried]
 
     def build(videos: list[Video], _: PreprocessConfig) -> Plan:

@@ -409,7 +409,7 @@ def test_snapshots_and_timeline_show_where_the_face_was(walking: Path, decoder: 
     video, members = tracks.follow(row(walking, utterance), decoder, SquareDetector(), config())
     line = video.timeline
     assert [name for name, _ in members] == [
-        snapshots.member(video.key, index) for index, _ in line["shown"]
+        snapshots.of_frame(video.key, index) for index, _ in line["shown"]
     ]
     assert len(line["faces"]) == snapshots.BINS
     assert set(line["faces"]) == {".", "o"}
@@ -428,7 +428,7 @@ def test_what_is_rejected_unseen_is_shown_all_the_same(walking: Path, decoder: D
     longer = row(walking, annotate(walk, 5, 900, 0))
     video, members = tracks.follow(longer, decoder, SquareDetector(), config())
     assert (video.cause, video.timeline) == ("timeline: short", {})
-    assert [name for name, _ in members] == [snapshots.member(video.key, 75)]
+    assert [name for name, _ in members] == [snapshots.only(video.key)]
 
 
 def test_overlapping_utterances_share_no_frame(walking: Path, decoder: Decoder) -> None:
