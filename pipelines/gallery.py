@@ -10,7 +10,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -124,7 +124,7 @@ class Rejects:
 # ---------------------------------------------------------------------------------------------- who is shown
 
 
-def some(count: int, limit: int) -> list[int]:
+def spread(count: int, limit: int) -> list[int]:
     """At most ``limit`` indices, evenly spaced from the first to the last of ``count`` things."""
     return [int(index) for index in np.linspace(0, count - 1, min(count, limit)).round()]
 
@@ -204,7 +204,7 @@ def choose_rejects(ledger: pa.Table) -> list[tuple[str, int, list[dict[str, Any]
     for row in causes[:MAX_CAUSES]:
         same = pc.and_(pc.equal(rows["stage"], row["stage"]), pc.equal(rows["cause"], row["cause"]))
         those = rows.filter(same).sort_by("key")
-        taken = those.take(pa.array(some(those.num_rows, PER_CAUSE), pa.int64())).to_pylist()
+        taken = those.take(pa.array(spread(those.num_rows, PER_CAUSE), pa.int64())).to_pylist()
         chosen.append((f"{row['stage']}: {row['cause']}", row["key_count"], taken))
     return chosen
 
@@ -537,11 +537,3 @@ def _base64(jpeg: bytes) -> str:
 def as_pictures(album: pa.Table) -> dict[str, bytes]:
     """The JPEGs of an album by name."""
     return dict(zip(album["name"].to_pylist(), album["jpeg"].to_pylist(), strict=True))
-
-
-def forget(output: str, gone: Iterable[bool]) -> None:
-    """Take rows out of the album of the last report."""
-    album = read_album(output)
-    stays = pa.array([not is_gone for is_gone in gone], pa.bool_())
-    if album.num_rows:
-        write_album(output, album.filter(stays))

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from models.frozen.parsing import Labels, ParsingLabel
 from pipelines import gallery, shards, snapshots, storage
 from pipelines.annotate import decode_labels
+from pipelines.gallery import spread
 from pipelines.schema import STAGES, npy_array
 
 PAGE = "report/index.html"
@@ -40,7 +41,7 @@ BINS = 30
 
 # fmt: off
 COLUMNS = [
-    "kind", "key", "identity", "split", "state", "stage", "cause", "detail", "frames", "dropped", "scores", "start",
+    "kind", "key", "identity", "video", "split", "state", "stage", "cause", "detail", "frames", "dropped", "scores", "start",
     "end", "seconds", "versions",
 ]
 # fmt: on
@@ -212,11 +213,6 @@ def _commit(output: str) -> str:
 
 
 # --- what the ledger says -------------------------------------------------------------------------------------
-
-
-def spread(count: int, limit: int) -> list[int]:
-    """At most ``limit`` indices, evenly spaced from the first to the last of ``count`` things."""
-    return [int(index) for index in np.linspace(0, count - 1, min(count, limit)).round()]
 
 
 def _rows(ledger: pa.Table, kind: str, published: bool) -> pa.Table:
