@@ -15,6 +15,7 @@ import logging
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -223,7 +224,8 @@ def _dataset_entity(entry: DatasetEntry) -> Any:
     if entry.uri.startswith(("http://", "https://")):
         source: Any = HTTPDatasetSource(entry.uri)
     else:
-        source = resolve_dataset_source(entry.uri)
+        with warnings.catch_warnings(action="ignore"):  # a local path is "ambiguous" between one kind
+            source = resolve_dataset_source(entry.uri)
     schema = _colspecs(entry.columns) if entry.columns is not None else None
     digest = entry.digest[:DIGEST_LIMIT]
     made = MetaDataset(source, name=entry.name, digest=digest, schema=schema)  # type: ignore[abstract]
