@@ -94,7 +94,7 @@ def publish(
     store = tracking.find_store(config.output, runtime.submitted())
     place = shown(config.output)
     tags = tracking.run_tags(
-        dataset_name(place), "jobs/preprocess.py", runtime.code_version()["commit"], dataset=place
+        run_name(place), "jobs/preprocess.py", runtime.code_version()["commit"], dataset=place
     )
     manners = manners_towards("", config.download)
     with tracking.open_run(store, "headray-preprocess", flat, tags) as run:
@@ -119,23 +119,18 @@ def publish(
 
 
 def dataset_name(uri: str) -> str:
-    """The last part of a URI, without extension: what a dataset or a list is called in MLflow."""
-    return uri.rstrip("/").rpartition("/")[2].partition("?")[0] or uri
+    """The last part of a URI: what a dataset or a list is called in MLflow."""
+    return uri.rstrip("/").rpartition("/")[2] or uri
+
+
+def run_name(uri: str) -> str:
+    """The last two parts of a URI: folders are often called ``dataset``."""
+    return "/".join(uri.rstrip("/").split("/")[-2:])
 
 
 def log_lineage(run: tracking.Run, config: PreprocessConfig, manifest: Mapping[str, Any]) -> None:
     """The list that went in and the dataset that came out, by digest; trainings log the same name and digest."""
     counts = manifest["counts"]
-    listed = shown(config.input)
-    run.dataset(
-        DatasetEntry(
-            name=dataset_name(listed),
-            digest=manifest["list_sha256"],
-            uri=listed,
-            context="list",
-            profile={kind: counts[kind]["listed"] for kind in ("identities", "videos")},
-        )
-    )
     content = storage.read_bytes(storage.join(config.output, shards.MANIFEST))
     sha256 = hashlib.sha256(content).hexdigest()
     published = {
@@ -153,6 +148,16 @@ def log_lineage(run: tracking.Run, config: PreprocessConfig, manifest: Mapping[s
             columns=shards.INDEX_SCHEMA,
         )
     )
+    listed = shown(config.input)
+    run.dataset(
+        DatasetEntry(
+            name=dataset_name(listed),
+            digest=manifest["list_sha256"],
+            uri=listed,
+            context="list",
+            profile={kind: counts[kind]["listed"] for kind in ("identities", "videos")},
+        )
+    )
     run.tags({"dataset_version": str(manifest["dataset_version"]), "dataset_sha256": sha256})
 
 
@@ -162,16 +167,15 @@ def note(config: PreprocessConfig, outcome: Outcome) -> str:
     counts = manifest["counts"]
     size = sum(shard["bytes"] for shard in manifest["shards"])
     lines = [
-        f"**{dataset_name(config.output)}, version {manifest['dataset_version']}**: "
+        f"**{run_name(shown(config.output))}, version {manifest['dataset_version']}**: "
         f"{counts['frames']['published']:,} frames of {counts['identities']['published']:,} people in "
-        f"{len(manifest['shards'])} shards, {size / 2**20:,.1f} MiB, made in {outcome.seconds:,.0f} s.",
+        f"{len(manifest['shards'])} shards, {size / 2**20:,.1f} MiB, made in {outcome.seconds:,.0f} s. "
+        "The report with pictures and reasons is in *Artifacts*, `report/index.html`; how it went over time in "
+        f"*Model metrics*, `progress` and `stage`. The dataset is at `{shown(config.output)}`.",
         "",
         "| | in | out |",
         "|---|---:|---:|",
         *(f"| {name} | {went_in} | {came_out} |" for name, went_in, came_out in funnel(counts)),
-        "",
-        f"Dataset: `{shown(config.output)}`. With pictures and reasons: *Artifacts* → `report/index.html`. "
-        "Over time: *Model metrics* → `progress/` and `stage/`.",
     ]
     for kind, causes in counts["causes"].items():
         if causes:
@@ -290,16 +294,16 @@ def show_changes(config: PreprocessConfig, keys: list[str]) -> None:
 
 
 def metrics(outcome: Outcome) -> dict[str, float]:
-    """Counts and times for MLflow."""
+    """Counts and times for MLflow, which shows sections by name: after ``progress``, before ``stage``."""
     counts = outcome.manifest["counts"]
-    values: dict[str, float] = {"seconds": outcome.seconds, "videos/new": outcome.new_videos}
+    values: dict[str, float] = {"seconds": outcome.seconds, "new_videos": outcome.new_videos}
     for kind in ("identities", "videos", "tracks", "frames"):
         values |= {f"{kind}/{state}": count for state, count in counts[kind].items()}
     for kind, causes in counts["causes"].items():
         for cause, count in causes.items():
-            values[f"causes/{kind}/{cause.replace(': ', '/').replace(' ', '_')}"] = count
+            values[f"{kind}_lost/{cause.replace(': ', '_').replace(' ', '_')}"] = count
     values |= {f"stage_seconds/{name}": value for name, value in outcome.stage_seconds.items()}
-    return values
+    return {f"result/{name}": value for name, value in values.items()}
 
 
 def summarise(config: PreprocessConfig, outcome: Outcome, store: tracking.Store) -> None:

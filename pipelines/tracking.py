@@ -40,6 +40,8 @@ NOTE_LIMIT = 8000
 """MLflow's longest tag, characters."""
 DIGEST_LIMIT = 36
 """MLflow's longest digest of a dataset, characters."""
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Or MLflow takes it for one about prompts, and hides runs and their metrics."""
 PARAMETERS_AT_ONCE = 100
 METRICS_AT_ONCE = 1000
 
@@ -224,7 +226,9 @@ def _dataset_entity(entry: DatasetEntry) -> Any:
     if entry.uri.startswith(("http://", "https://")):
         source: Any = HTTPDatasetSource(entry.uri)
     else:
-        with warnings.catch_warnings(action="ignore"):  # a local path is "ambiguous" between one kind
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # a local path is "ambiguous" between one kind
             source = resolve_dataset_source(entry.uri)
     schema = _colspecs(entry.columns) if entry.columns is not None else None
     digest = entry.digest[:DIGEST_LIMIT]
@@ -325,7 +329,9 @@ def _begin(
         location = store.artifacts or None
         if location and "://" not in location:
             location = Path(location).as_uri()
-        experiment_id = client.create_experiment(experiment, artifact_location=location)
+        experiment_id = client.create_experiment(
+            experiment, artifact_location=location, tags=EXPERIMENT_TAGS
+        )
     else:
         experiment_id = found.experiment_id
     begun = client.create_run(experiment_id, tags=dict(tags))
