@@ -1,10 +1,11 @@
 """What workers count while a run goes on, for Prometheus: Ray exports it at ``/metrics`` of every node.
 
-    headray_stage_videos_total    videos that a stage has finished, by stage and what became of them
-    headray_stage_frames_total    frames that were still kept then
-    headray_stage_seconds         how long one video took
-    headray_egress_pause_seconds  what is left of the pause of an egress address towards a site
-    headray_egress_under_way      fetches of that address that have not come back
+    headray_stage_videos_total         videos that a stage has finished, by stage and what became of them
+    headray_stage_frames_total         frames that were still kept then
+    headray_stage_busy_seconds_total   seconds that workers spent in it
+    headray_stage_seconds              how long one video took (Ray guesses the sum of a histogram from its buckets)
+    headray_egress_pause_seconds       what is left of the pause of an egress address towards a site
+    headray_egress_under_way           fetches of that address that have not come back
 
 Outside Ray (tests call stages as functions) nothing is counted.
 """
@@ -25,13 +26,16 @@ def _connected() -> bool:
 
 
 @cache
-def _stage_meters() -> tuple[Any, Any, Any]:
+def _stage_meters() -> tuple[Any, Any, Any, Any]:
     from ray.util.metrics import Counter, Histogram
 
     by = ("stage", "outcome")
     return (
         Counter("headray_stage_videos_total", "Videos that a stage has finished", tag_keys=by),
         Counter("headray_stage_frames_total", "Frames kept after a stage", tag_keys=("stage",)),
+        Counter(
+            "headray_stage_busy_seconds_total", "Seconds spent in a stage", tag_keys=("stage",)
+        ),
         Histogram(
             "headray_stage_seconds", "Seconds of one video in a stage", SECONDS, tag_keys=("stage",)
         ),
@@ -60,10 +64,11 @@ def observe_stage(stage: str, outcome: str, frames: int, seconds: float) -> None
     """
     if not _connected():
         return
-    videos, kept, clock = _stage_meters()
+    videos, kept, busy, clock = _stage_meters()
     videos.inc(1, tags={"stage": stage, "outcome": outcome})
     if frames:
         kept.inc(frames, tags={"stage": stage})
+    busy.inc(max(seconds, 1e-6), tags={"stage": stage})
     clock.observe(seconds, tags={"stage": stage})
 
 
