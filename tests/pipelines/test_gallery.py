@@ -261,7 +261,7 @@ def test_a_large_list_of_pictures_that_do_not_compress_gives_a_page_that_can_be_
     window = snapshots.encode(draw.integers(0, 256, (160, 160, 3), dtype=np.uint8), 160)
     causes = [cause for cause in Cause if cause.stage not in gallery.NO_PICTURE]
     rows, album = [], []
-    for number in range(30 * len(causes)):
+    for number in range((gallery.PER_CAUSE + 2) * len(causes)):
         video, members = made_video(f"id{number:04d}", "v0", tracks=1)
         track = reject_track(video.tracks[0], causes[number % len(causes)], "why " * 100)
         video = reject(replace(video, tracks=(track,)), causes[number % len(causes)], "why " * 100)
