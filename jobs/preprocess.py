@@ -83,14 +83,18 @@ def make(config: PreprocessConfig) -> None:
         if config.stop_after:
             save_rows(config, videos)
             return
-        outcome, store = publish(config, videos, flat)
-    summarise(config, outcome, store)
+        outcome, places = publish(config, videos, flat)
+    summarise(config, outcome, places)
 
 
 def publish(
     config: PreprocessConfig, videos: Iterator[Video], flat: dict[str, Any]
-) -> tuple[Outcome, tracking.Store]:
-    """Connect and run; MLflow keeps the flat configuration, series, what came out, lineage and the report."""
+) -> tuple[Outcome, list[str]]:
+    """Connect and run; MLflow keeps the flat configuration, series, what came out, lineage and the report.
+
+    Returns:
+        what the run made, and lines that say how MLflow shows it.
+    """
     store = tracking.find_store(config.output, runtime.submitted())
     place = shown(config.output)
     tags = tracking.run_tags(
@@ -113,9 +117,10 @@ def publish(
         run.note(note(config, outcome))
         run.record(outcome.manifest, "dataset.json")
         log_report(run, config.output)
+    places = [store.show, tracking.run_address(store, run)]
     if run.trouble:
-        runtime.console.print(f"mlflow did not take all of this run: {run.trouble}")
-    return outcome, store
+        places.append(f"it did not take all of this run: {run.trouble}")
+    return outcome, places
 
 
 def dataset_name(uri: str) -> str:
@@ -306,8 +311,8 @@ def metrics(outcome: Outcome) -> dict[str, float]:
     return {f"result/{name}": value for name, value in values.items()}
 
 
-def summarise(config: PreprocessConfig, outcome: Outcome, store: tracking.Store) -> None:
-    """What was kept, what was rejected and why, where to look, what to run next."""
+def summarise(config: PreprocessConfig, outcome: Outcome, places: list[str]) -> None:
+    """What was kept, what was rejected and why, where to look (``places``: in MLflow), what to run next."""
     say = runtime.console.print
     manifest = outcome.manifest
     counts = manifest["counts"]
@@ -338,7 +343,8 @@ def summarise(config: PreprocessConfig, outcome: Outcome, store: tracking.Store)
         )
     say(f"dataset  {config.output}")
     say(f"report   {storage.join(config.output, report.PAGE)}")
-    say(f"mlflow   {store.show}")
+    for place in places:
+        say(f"mlflow   {place}")
     say(f"next     python jobs/dataset.py verify --dataset {config.output}")
 
 

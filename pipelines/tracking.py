@@ -40,8 +40,6 @@ NOTE_LIMIT = 8000
 """MLflow's longest tag, characters."""
 DIGEST_LIMIT = 36
 """MLflow's longest digest of a dataset, characters."""
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Or MLflow takes it for one about prompts, and hides runs and their metrics."""
 PARAMETERS_AT_ONCE = 100
 METRICS_AT_ONCE = 1000
 
@@ -108,6 +106,13 @@ def find_store(output: str, submitted: bool) -> Store:
     )
 
 
+def run_address(store: Store, run: Run) -> str:
+    """Where a browser shows a run, once the UI runs where ``Store.show`` starts it."""
+    is_server = store.uri.startswith(("http://", "https://"))
+    base = public_url(store.uri) if is_server else "http://127.0.0.1:5000"
+    return f"{base.rstrip('/')}/{run.page}"
+
+
 def make_database(uri: str) -> None:
     """Create the tables of a new SQLite store aside and rename it into place; other stores are left alone.
 
@@ -145,8 +150,10 @@ class DatasetEntry:
 class Run:
     """An open MLflow run. Its methods never raise: the first failure is logged and the later calls are left out."""
 
-    def __init__(self, run_id: str, client: MlflowClient) -> None:
+    def __init__(self, run_id: str, client: MlflowClient, experiment_id: str = "0") -> None:
         self.run_id = run_id
+        self.page = f"#/experiments/{experiment_id}/runs/{run_id}"
+        """Of the run, below the address of the UI, whose first page shows something else."""
         self.trouble = ""
         """Why the store is not written any more, one line; empty while it is."""
         self._client = client
@@ -329,9 +336,7 @@ def _begin(
         location = store.artifacts or None
         if location and "://" not in location:
             location = Path(location).as_uri()
-        experiment_id = client.create_experiment(
-            experiment, artifact_location=location, tags=EXPERIMENT_TAGS
-        )
+        experiment_id = client.create_experiment(experiment, artifact_location=location)
     else:
         experiment_id = found.experiment_id
     begun = client.create_run(experiment_id, tags=dict(tags))
@@ -339,4 +344,4 @@ def _begin(
     for first in range(0, len(values), PARAMETERS_AT_ONCE):
         some = values[first : first + PARAMETERS_AT_ONCE]
         client.log_batch(begun.info.run_id, params=some)
-    return Run(begun.info.run_id, client)
+    return Run(begun.info.run_id, client, experiment_id)

@@ -115,6 +115,13 @@ def test_series_and_note_are_read_back(store: tracking.Store) -> None:
     assert (found.info.run_name, found.info.status) == ("mine", "FINISHED")
     assert found.data.tags["mlflow.note.content"].startswith("**5** frames")
     assert found.data.tags["dataset"] == "data/mine"
+    address = tracking.run_address(store, run)
+    assert (
+        address
+        == f"http://127.0.0.1:5000/#/experiments/{found.info.experiment_id}/runs/{run.run_id}"
+    )
+    server = tracking.Store(uri="https://me:word@mlflow.example/", artifacts="", show="")
+    assert tracking.run_address(server, run) == f"https://mlflow.example/{run.page}"
     history = MlflowClient(store.uri).get_metric_history(run.run_id, "stage/tracks/videos")
     assert [(point.step, point.value) for point in history] == [(1, 2), (12, 24), (25, 50)]
 
