@@ -85,7 +85,9 @@ def main() -> None:
             )
             each, some = Timed(detector), Timed(detector)
             known, found = (
-                boxes_of(follow(video, decoder, timed, replace(config.config, search_every=every)))
+                boxes_of(
+                    follow(video, decoder, timed, replace(config.config, search_every=every))[0]
+                )
                 for timed, every in ((each, 1), (some, config.every))
             )
             shared = [

@@ -21,7 +21,7 @@ import numpy as np
 from models.frozen import landmarks as landmarkers
 from models.frozen import weights
 from models.frozen.landmarks import FanConfig, Landmarker, LandmarkerName
-from pipelines import smoothing, storage
+from pipelines import smoothing, snapshots, storage
 from pipelines.geometry import (
     CropRule,
     Floats,
@@ -302,6 +302,14 @@ class Sheet:
         picture = encode(warp(image, matrix, size), config.jpeg_quality)
         self.pictures.append((frame_member(self.key, index), picture))
 
+    @property
+    def snapshot(self) -> list[Member]:
+        """A small picture of the window in the middle of the track; none where no window was cut."""
+        if not self.pictures:
+            return []
+        _, jpeg = self.pictures[len(self.pictures) // 2]
+        return [(snapshots.only(self.key), snapshots.shrink(jpeg))]
+
     def close(self, video: Video) -> tuple[Track, list[Member]]:
         """The track, judged, and its members (none when it is rejected)."""
         config, total = self.config, len(self.track.indices)
@@ -358,7 +366,7 @@ def cut(
 
     Returns:
         the video with its tracks judged and thinned, rejected when none is left or its file does not decode, and the
-        members of the tracks that are kept, in the order of the tracks.
+        members of the tracks that are kept, in the order of the tracks; then a snapshot of each that was cut.
 
     Raises:
         FileNotFoundError: the downloaded file has gone.
@@ -382,6 +390,7 @@ def cut(
     used = f"{config.landmarker} {weights.REGISTRY[network].sha256[:12]}"
     video = replace(video, tracks=tracks, versions=video.versions | {"landmarks": used})
     members = [member for _, made in closed.values() for member in made]
+    members += [member for sheet in sheets for member in sheet.snapshot]
     return end_if_empty(video), members
 
 
@@ -423,9 +432,10 @@ class Cropper:
         """One video."""
         return run_stage("crops", self.crop, row)
 
-    def crop(self, video: Video, _members: list[Member]) -> tuple[Video, list[Member]]:
-        """The stage on an unpacked row; no stage before it makes members."""
-        return cut(video, self.decoder, self.landmarker, self.config)
+    def crop(self, video: Video, members: list[Member]) -> tuple[Video, list[Member]]:
+        """The stage on an unpacked row; all members of the stages before it are snapshots."""
+        video, cuts = cut(video, self.decoder, self.landmarker, self.config)
+        return video, [*members, *cuts]
 
 
 def add_crops(videos: Dataset, config: CropsConfig, decoder: DecoderConfig) -> Dataset:

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from models.frozen import identity as embedders
 from models.frozen import weights
 from models.frozen.identity import Embedder, EmbedderName
+from pipelines import snapshots
 from pipelines.crops import SCORE_COLUMNS
 from pipelines.schema import (
     Cause,
@@ -36,6 +37,7 @@ from pipelines.schema import (
     frame_member,
     npy_array,
     npy_bytes,
+    own_members,
     reject_track,
     run_stage,
     select_frames,
@@ -244,14 +246,13 @@ def embed(
         config: of the stage.
 
     Returns:
-        the video, rejected when no track is left, and the members of the tracks that stay.
+        the video, rejected when no track is left, and the members of the tracks that stay, with all snapshots.
     """
     tracks = []
-    kept: list[Member] = []
+    kept = [member for member in members if snapshots.is_snapshot(member[0])]
     for track in video.tracks:
         if track.state == "open":
-            prefix = f"{video.track_key(track)}."
-            own = [(name, data) for name, data in members if name.startswith(prefix)]
+            own = own_members(members, video.track_key(track))
             track, own = embed_track(video, track, own, embedder, config)
             kept += own
         tracks.append(track)

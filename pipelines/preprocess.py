@@ -43,6 +43,7 @@ from pipelines import (
     tracks,
     voxceleb,
 )
+from pipelines.progress import Progress
 from pipelines.schema import SCHEMA_VERSION, Video, batched, one_line, to_row
 
 if TYPE_CHECKING:
@@ -832,69 +833,3 @@ def tool_versions() -> dict[str, str]:
         "yt-dlp",
     )
     return {name: version(name) for name in names}
-
-
-class Progress:
-    """Tells a person how a long run is going: a line every 30 seconds, whether or not anything finished.
-
-    On a terminal Ray Data draws its own bars and this class only counts.
-    """
-
-    def __init__(self, say: Callable[[str], None], every_seconds: float = 30.0) -> None:
-        self.say = say
-        self.every_seconds = every_seconds
-        self.states: Counter[str] = Counter()
-        self.causes: Counter[str] = Counter()
-        self.frames = 0
-        self.known = 0
-        self.before = 0
-        self.step = "reading the list"
-        self._started = time.perf_counter()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._repeat, daemon=True)
-
-    def __enter__(self) -> Progress:
-        if not os.isatty(1):
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-
-    def listed(self, count: int) -> None:
-        """``count`` videos of the list are known by now."""
-        self.known = count
-        self.step = "processing"
-
-    def skipped(self, count: int) -> None:
-        """``count`` videos were committed by an earlier run."""
-        self.before += count
-
-    def video(self, row: Mapping[str, Any]) -> None:
-        """One video was committed."""
-        self.states[row["state"]] += 1
-        self.frames += row["frames"]
-        if row["cause"]:
-            self.causes[row["cause"]] += 1
-
-    def packed(self, count: int, total: int) -> None:
-        """``count`` of ``total`` shards are packed."""
-        self.step = f"packing shards ({count} of {total})"
-
-    def line(self) -> str:
-        """The state in one line."""
-        elapsed = time.perf_counter() - self._started
-        done = self.states.total()
-        causes = ", ".join(f"{cause} {count}" for cause, count in self.causes.most_common(3))
-        rate = f", {done / elapsed * 3600:.0f} videos/h" if done else ""
-        earlier = f", {self.before} from an earlier run" if self.before else ""
-        return (
-            f"[{elapsed:6.0f} s] {self.step}: {done + self.before} of {self.known} videos{earlier}, "
-            f"{self.states['open']} with faces, {self.states['rejected']} rejected, "
-            f"{self.states['failed']} failed, {self.frames} frames{rate}"
-            + (f" ({causes})" if causes else "")
-        )
-
-    def _repeat(self) -> None:
-        while not self._stop.wait(self.every_seconds):
-            self.say(self.line())

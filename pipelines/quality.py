@@ -45,6 +45,7 @@ from pipelines.schema import (
     frame_member,
     npy_array,
     npy_bytes,
+    own_members,
     reject_track,
     run_stage,
     select_frames,
@@ -382,7 +383,7 @@ def judge(
     for track in video.tracks:
         if track.state == "open":
             key = video.track_key(track)
-            own = [(name, data) for name, data in members if name.startswith(f"{key}.")]
+            own = own_members(members, key)
             track, own = judge_track(video, track, own, window, config)
             members = [*drop_members(members, key), *own]
         tracks.append(track)

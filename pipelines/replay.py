@@ -20,11 +20,11 @@ from pipelines import shards, storage
 from pipelines.preprocess import (
     ConfigError,
     PreprocessConfig,
-    Progress,
     configure_ray_data,
     prepare,
     stage_adders,
 )
+from pipelines.progress import Progress
 from pipelines.schema import Track, Video, VideoRow, batched, from_row, to_row
 
 if TYPE_CHECKING:

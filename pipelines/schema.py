@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from pipelines import storage
+from pipelines import metrics, snapshots, storage
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -239,9 +239,13 @@ class Video:
     """``dataclasses.asdict`` of :class:`pipelines.video.VideoInfo`."""
     shift: dict[str, Any] = field(default_factory=dict)
     """The time map: ``delta_seconds``, ``delta_confidence``, ``median_iou``, ``face_found``."""
+    timeline: dict[str, Any] = field(default_factory=dict)
+    """Where faces were looked for, found and kept, and the cuts: :func:`pipelines.snapshots.timeline`."""
     tracks: tuple[Track, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds by stage (not part of what is published byte for byte)."""
+    stage_frames: dict[str, int] = field(default_factory=dict)
+    """Frames of open tracks after each stage from ``tracks`` on."""
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -252,6 +256,11 @@ class Video:
     def track_key(self, track: Track) -> str:
         """``<identity>-<video>-<track>``, the WebDataset key of a sample."""
         return f"{self.key}-{track.name}"
+
+    @property
+    def frames(self) -> int:
+        """Frames of all tracks that are still open; 0 once the video has ended."""
+        return sum(len(track.times) for track in self.tracks if track.state == "open" and self.live)
 
     @property
     def live(self) -> bool:
@@ -400,8 +409,16 @@ def run_stage(name: str, stage: Stage, row: VideoRow) -> VideoRow:
     except Exception as error:
         logger.exception("stage %s crashed on %s", name, video.key)
         video = reject(video, Cause.CRASH, f"{name}: {type(error).__name__}: {error}")
-    seconds = video.seconds | {name: round(time.perf_counter() - started, 4)}
-    return to_row(replace(video, seconds=seconds), members if video.live else [])
+    seconds = round(time.perf_counter() - started, 4)
+    video = replace(
+        video,
+        seconds=video.seconds | {name: seconds},
+        stage_frames=video.stage_frames | ({name: video.frames} if video.tracks else {}),
+    )
+    metrics.observe_stage(name, video.state, video.frames, seconds)
+    if not video.live:
+        members = [member for member in members if snapshots.is_snapshot(member[0])]
+    return to_row(video, members)
 
 
 def use_one_thread() -> None:
@@ -497,5 +514,18 @@ def select_frames(
 
 
 def drop_members(members: list[Member], key: str) -> list[Member]:
-    """Members without those of the sample ``key`` (of a track that was rejected)."""
-    return [(name, data) for name, data in members if not name.startswith(f"{key}.")]
+    """Members without those of the sample ``key`` (of a track that was rejected); its snapshot stays."""
+    return [
+        (name, data)
+        for name, data in members
+        if not name.startswith(f"{key}.") or snapshots.is_snapshot(name)
+    ]
+
+
+def own_members(members: list[Member], key: str) -> list[Member]:
+    """Members of the sample ``key``."""
+    return [
+        (name, data)
+        for name, data in members
+        if name.startswith(f"{key}.") and not snapshots.is_snapshot(name)
+    ]

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import report, shards, storage
+from pipelines import gallery, report, shards, storage
 from pipelines.preprocess import OutputLock, Tally
 from pipelines.schema import Video
 from pipelines.shards import DatasetError
@@ -206,6 +206,8 @@ def take_down(
         storage.write_atomic(storage.join(output, shards.TAKEDOWNS), content)
         # From here on nothing brings them back, whatever happens to this process.
         storage.remove(storage.join(output, report.PAGE))
+        album = gallery.read_album(output)
+        gallery.write_album(output, album.filter(pc.invert(_covered(album, takedowns))))
         tally = Tally()
         shards.write_ledger((tally.see(row) for row in _marked_rows(output, takedowns)), output)
         tables = [thinned.tables[entry["name"]] for entry in thinned.listing]

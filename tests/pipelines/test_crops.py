@@ -10,7 +10,7 @@ import skimage.data
 
 from models.frozen.detector import load_detector
 from models.frozen.landmarks import load_landmarker
-from pipelines import crops
+from pipelines import crops, snapshots
 from pipelines.crops import SCORE_COLUMNS, CropsConfig, LandmarkGate
 from pipelines.geometry import box_sizes, invert, transform, warp, wider_boxes, window_side
 from pipelines.schema import Cause, Track, Video, from_row, npy_array, to_row
@@ -184,7 +184,12 @@ def test_a_track_becomes_members_that_agree_with_its_frames(astronaut, cut):
     assert [name for name, _ in members] == [
         *(f"{key}.{name}" for name in arrays),
         *(f"{key}.{i:06d}.jpg" for i in range(FRAMES)),
+        snapshots.only(key),
     ]
+    shrunk = cv2.resize(
+        picture(members[3 + FRAMES // 2][1]), (160, 160), interpolation=cv2.INTER_AREA
+    )
+    assert np.abs(picture(members[-1][1]).astype(int) - shrunk).mean() < 4
     landmarks, matrices, scores = (npy_array(data) for _, data in members[:3])
     assert [a.dtype for a in (landmarks, matrices, scores)] == [np.dtype(np.float32)] * 3
     assert [a.shape for a in (landmarks, matrices, scores)] == [
@@ -263,7 +268,8 @@ def test_a_track_that_fails_a_gate_says_which(astronaut, cut, options, cause, de
     (track,) = done.tracks
     assert (track.state, track.cause) == ("rejected", cause.value)
     assert detail in track.detail
-    assert members == []
+    shown = [] if "12 with implausible" in detail else [snapshots.only("eileen-portrait-000")]
+    assert [name for name, _ in members] == shown
     assert (done.state, done.cause) == ("rejected", cause.value)
     assert track.detail in done.detail
 
@@ -367,7 +373,11 @@ def test_tracks_are_judged_one_by_one_and_share_frames(astronaut, cut):
         "track: short",
     ]
     assert done.live
-    assert {name.split(".")[0] for name, _ in members} == {"eileen-portrait-000"}
+    assert {name.split(".")[0] for name, _ in members if not snapshots.is_snapshot(name)} == {
+        "eileen-portrait-000"
+    }
+    shown = [name for name, _ in members if snapshots.is_snapshot(name)]
+    assert shown == [snapshots.only(f"eileen-portrait-{name}") for name in ("001", "000")]
 
 
 def test_a_file_that_is_gone_or_broken_ends_the_video(astronaut, cut, tmp_path):
@@ -389,7 +399,8 @@ def test_the_actor_does_what_cut_does(astronaut, cut):
     cropper.decoder.close()
     expected, expected_members = cut(video)
     assert done.seconds["crops"] > 0
-    assert replace(done, seconds={}) == expected
+    assert done.stage_frames == {"crops": FRAMES}
+    assert replace(done, seconds={}, stage_frames={}) == expected
     assert members == expected_members
     finished = to_row(replace(video, state="rejected", cause="track: none kept"))
     assert cropper(finished) == finished
@@ -468,4 +479,4 @@ def test_the_first_shot_of_a_cut_clip_is_kept(landmarker):
         done, members = crops.cut(tracked("shotcut", 3, 66, 10), decoder, landmarker, CropsConfig())
     assert done.live
     assert done.tracks[0].scores["inside"] > 0.7
-    assert len(members) == 3 + 10
+    assert len(members) == 3 + 10 + 1  # the snapshot

@@ -16,7 +16,8 @@ from pipelines import identities, preprocess, quality, shards, storage
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig
 from pipelines.identities import IdentitiesConfig
-from pipelines.preprocess import ConfigError, PreprocessConfig, Progress
+from pipelines.preprocess import ConfigError, PreprocessConfig
+from pipelines.progress import Progress
 from pipelines.schema import Cause, Track, Video, reject
 from pipelines.tracks import TracksConfig
 from tests.datasets import make_dataset, some_videos
@@ -122,7 +123,9 @@ def test_failed_video_is_tried_until_its_attempts_are_used(
 
     class Plan:
         def iter_rows(self) -> list[dict[str, Any]]:
-            row = {"state": "failed", "cause": "", "frames": 0, "seconds": json.dumps({})}
+            row = {"state": "failed", "cause": "", "frames": 0} | dict.fromkeys(
+                ("seconds", "stage_frames"), json.dumps({})
+            )
             return [row for _ in tried]
 
     def build(videos: list[Video], _: PreprocessConfig) -> Plan:

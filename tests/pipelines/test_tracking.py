@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from pipelines import tracking
+from jobs import preprocess
+from pipelines import shards, tracking
+from pipelines.preprocess import PreprocessConfig
+from tests.datasets import make_dataset, some_videos
 from tests.material import REPOSITORY
 
 
@@ -16,6 +23,13 @@ from tests.material import REPOSITORY
 def _own_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow writes the store it was given into the environment; other tests must not find it there."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> tracking.Store:
+    """A database of files; making its tables costs seconds."""
+    database = tmp_path_factory.mktemp("store") / "mlflow.db"
+    return tracking.Store(uri=f"sqlite:///{database}", artifacts="", show="")
 
 
 def test_address_of_the_store_is_shown_without_its_password(
@@ -56,6 +70,101 @@ def test_a_database_is_whole_or_not_there(tmp_path: Path) -> None:
     with tracking.open_run(store, "experiment", {"a": 1}, {}) as run:
         run.metrics({"b": 2.0})
     assert (tmp_path / "mlflow.db").is_file()
+
+
+def test_lineage_is_read_back(store: tracking.Store, tmp_path: Path) -> None:
+    """The list and the published dataset, with digests that the files confirm and without secrets."""
+    from mlflow import MlflowClient
+
+    output = str(tmp_path / "mine")
+    manifest = make_dataset(output, some_videos())
+    manifest["list_sha256"] = "ab" * 32
+    config = PreprocessConfig(input="https://me:word@lists.example/vox2.zip?token=1", output=output)
+    with tracking.open_run(store, "experiment", {}, {}) as run:
+        preprocess.log_lineage(run, config, manifest)
+    assert run.trouble == ""
+    client = MlflowClient(store.uri)
+    inputs = client.get_run(run.run_id).inputs.dataset_inputs
+    found = {item.tags[0].value: item.dataset for item in inputs}
+    assert set(found) == {"list", "published"}
+    listed, published = found["list"], found["published"]
+    assert (listed.name, listed.digest) == ("vox2.zip", ("ab" * 32)[:36])
+    assert json.loads(listed.source) == {"url": "https://lists.example/vox2.zip"}
+    assert json.loads(listed.profile) == {"identities": 5, "videos": 10}
+    sha256 = hashlib.sha256(Path(output, "dataset.json").read_bytes()).hexdigest()
+    assert (published.name, published.digest) == ("mine", f"v1-{sha256[:12]}")
+    assert json.loads(published.source) == {"uri": output}
+    profile = json.loads(published.profile)
+    assert profile["sha256"] == sha256
+    assert profile["frames"] == manifest["counts"]["frames"]["published"]
+    columns = [column["name"] for column in json.loads(published.schema)["mlflow_colspec"]]
+    assert columns == shards.INDEX_SCHEMA.names
+    tags = client.get_run(run.run_id).data.tags
+    assert (tags["dataset_version"], tags["dataset_sha256"]) == ("1", sha256)
+
+
+def test_series_and_note_are_read_back(store: tracking.Store) -> None:
+    from mlflow import MlflowClient
+
+    tags = tracking.run_tags("mine", "jobs/preprocess.py", "c0ffee", dataset="data/mine")
+    with tracking.open_run(store, "experiment", {"a": 1}, tags) as run:
+        for step in (1, 12, 25):
+            assert run.series({"stage/tracks/videos": step * 2.0}, step)
+        run.note("**5** frames\n\n| a | b |")
+    found = MlflowClient(store.uri).get_run(run.run_id)
+    assert (found.info.run_name, found.info.status) == ("mine", "FINISHED")
+    assert found.data.tags["mlflow.note.content"].startswith("**5** frames")
+    assert found.data.tags["dataset"] == "data/mine"
+    address = tracking.run_address(store, run)
+    assert (
+        address
+        == f"http://127.0.0.1:5000/#/experiments/{found.info.experiment_id}/runs/{run.run_id}"
+    )
+    server = tracking.Store(uri="https://me:word@mlflow.example/", artifacts="", show="")
+    assert tracking.run_address(server, run) == f"https://mlflow.example/{run.page}"
+    history = MlflowClient(store.uri).get_metric_history(run.run_id, "stage/tracks/videos")
+    assert [(point.step, point.value) for point in history] == [(1, 2), (12, 24), (25, 50)]
+
+
+def test_a_server_that_went_away_costs_one_wait_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "page.html").write_text("hello")
+    run = tracking.Run("0" * 32, MlflowClient("http://me:word@127.0.0.1:1"))
+    assert run.series({"a": 1.0}, 1) is False
+    assert run.trouble == "", "a point may be lost and the next one taken"
+    started = time.perf_counter()
+    run.metrics({"a": 1.0})
+    run.note("text")
+    run.tags({"a": "b"})
+    run.record({}, "dataset.json")
+    run.file(tmp_path / "page.html", "report")
+    assert time.perf_counter() - started < 5
+    assert "Connection" in run.trouble
+    assert "word" not in run.trouble
+    assert len([record for record in caplog.records if "not recorded" in record.message]) == 1
+
+
+def test_a_run_ends_well_though_its_store_went_away(
+    store: tracking.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing answers when the run ends; an error of the run itself is still the one that is raised."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for error in (None, RuntimeError("ours")):
+        with (
+            pytest.raises(RuntimeError, match="ours") if error else contextlib.nullcontext(),
+            tracking.open_run(store, "experiment", {}, {}) as run,
+        ):
+            run._client = MlflowClient("http://127.0.0.1:1")
+            run.metrics({"a": 1.0})
+            if error:
+                raise error
+        assert "Connection" in run.trouble
 
 
 @pytest.mark.slow

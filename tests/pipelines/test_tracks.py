@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.frozen.detector import load_detector
+from models.frozen.detector import Detector, load_detector
+from pipelines import report, snapshots, tracks
 from pipelines.geometry import iou
 from pipelines.schema import Cause, Span, Track, Video, from_json, from_row, to_json, to_row
 from pipelines.timemap import TRIM_SECONDS
@@ -29,7 +30,6 @@ from pipelines.tracks import (
     Tracker,
     TracksConfig,
     finish,
-    follow,
     grid_frames,
     judge,
     link,
@@ -45,6 +45,12 @@ from tests.clips import as_annotators_saw_it, encode, moving
 from tests.material import SHARED, needs_shared
 
 Box = tuple[float, float, float, float]
+
+
+def follow(video: Video, decoder: Decoder, detector: Detector, config: TracksConfig) -> Video:
+    """The stage without its snapshots."""
+    return tracks.follow(video, decoder, detector, config)[0]
+
 
 # ------------------------------------------------------------------------------------------ pure functions
 
@@ -391,11 +397,39 @@ def test_annotated_person_is_followed(shift: float, walking: Path, decoder: Deco
 def test_strip_shows_annotated_and_detected_box(walking: Path, decoder: Decoder) -> None:
     video = follow(row(walking, annotate(walk, 5, 115, 0)), decoder, SquareDetector(), config())
     strip = video.shift["strip"]
-    assert len(strip) == 8
+    assert len(strip) == snapshots.FRAMES
+    assert [moment["index"] for moment in strip] == [i for i, _ in video.timeline["shown"]]
     for moment in strip:
         where = walk(moment["time"])
         assert iou(moment["detected"], box_of(where))[0, 0] > 0.85
         assert iou(moment["annotated"], box_of((*where[:2], where[2] * 1.4)))[0, 0] > 0.6
+
+
+def test_snapshots_and_timeline_show_where_the_face_was(walking: Path, decoder: Decoder) -> None:
+    utterance = annotate(walk, 5, 115, 0)
+    video, members = tracks.follow(row(walking, utterance), decoder, SquareDetector(), config())
+    line = video.timeline
+    assert [name for name, _ in members] == [
+        snapshots.of_frame(video.key, index) for index, _ in line["shown"]
+    ]
+    assert len(line["faces"]) == snapshots.BINS
+    assert set(line["faces"]) == {".", "o"}
+    assert line["faces"].count("o") == len(video.tracks[0].indices)
+    assert line["start"] < video.tracks[0].times[0] < video.tracks[0].times[-1] < line["end"]
+    width, height = line["size"]
+    for (_, jpeg), (_, time) in zip(members, line["shown"], strict=True):
+        image = report.decode(jpeg)
+        assert max(image.shape) == snapshots.FRAME_PX
+        x, y = (np.array(walk(time)[:2]) * image.shape[1::-1] / [width, height]).astype(int)
+        red, green, blue = image[y, x].astype(int)
+        assert green > max(red, blue) + 60
+
+
+def test_what_is_rejected_unseen_is_shown_all_the_same(walking: Path, decoder: Decoder) -> None:
+    longer = row(walking, annotate(walk, 5, 900, 0))
+    video, members = tracks.follow(longer, decoder, SquareDetector(), config())
+    assert (video.cause, video.timeline) == ("timeline: short", {})
+    assert [name for name, _ in members] == [snapshots.only(video.key)]
 
 
 def test_overlapping_utterances_share_no_frame(walking: Path, decoder: Decoder) -> None:
@@ -494,7 +528,8 @@ def test_actor_takes_and_gives_rows(walking: Path) -> None:
     assert result.cause == Cause.TRACK_NO_FACE.value
     assert result.seconds["tracks"] > 0
     assert result.versions["detector"].startswith("dlib ")
-    assert members == []
+    assert members  # the member it came with is gone, what the report shows stays
+    assert all(snapshots.is_snapshot(name) for name, _ in members)
 
 
 def test_two_people_without_annotation(tmp_path: Path, decoder: Decoder) -> None:
