@@ -28,7 +28,8 @@ from pipelines import forecast, preprocess, replay, report, storage, tracking
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig
 from pipelines.forecast import Forecast, Range
-from pipelines.preprocess import NothingUsableError, Outcome, PreprocessConfig, Progress
+from pipelines.output import NothingUsableError, OutputLock
+from pipelines.preprocess import Outcome, PreprocessConfig, Progress
 from pipelines.schema import Video
 from pipelines.shards import ShardsConfig
 
@@ -72,7 +73,7 @@ def make(config: PreprocessConfig) -> None:
     """Check everything, lock the output, record, and make the dataset or the rows of one stage."""
     preprocess.check(config)
     videos = preprocess.open_list(config)
-    with preprocess.OutputLock(config.output):
+    with OutputLock(config.output):
         flat = runtime.record(config, config.output)
         if config.stop_after:
             save_rows(config, videos)
@@ -180,7 +181,7 @@ def show_replay(config: PreprocessConfig) -> None:
     """Run one stage on saved rows and print what it changed, video by video."""
     preprocess.check_weights(config)
     keys = replay.saved_keys(config)
-    with preprocess.OutputLock(config.output):
+    with OutputLock(config.output):
         runtime.connect(config.minimum_cpus)
         show_changes(config, keys)
 
