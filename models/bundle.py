@@ -12,6 +12,7 @@ cannot make its reader run code. A checkpoint, which continues a training, is an
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import tempfile
@@ -40,7 +41,7 @@ class BundleError(ValueError):
     """The bundle is not there, damaged, or of another version: one line for the user."""
 
 
-def save(network: nn.Module, uri: str, card: Mapping[str, Any], preview: NDArray[np.uint8]) -> None:
+def save(network: nn.Module, uri: str, card: Mapping[str, Any], preview: NDArray[np.uint8]) -> str:
     """Write a bundle; it appears whole or not at all, in place of one that was there.
 
     Args:
@@ -48,6 +49,9 @@ def save(network: nn.Module, uri: str, card: Mapping[str, Any], preview: NDArray
         uri: folder or fsspec URI.
         card: JSON: dataset and version, samples seen, scores, commit.
         preview: (h, w, 3) uint8 RGB.
+
+    Returns:
+        the sha256 of ``model.safetensors``: equal tensors and names give equal ones.
 
     Raises:
         ValueError: the network is not one of :data:`NETWORKS`.
@@ -63,12 +67,14 @@ def save(network: nn.Module, uri: str, card: Mapping[str, Any], preview: NDArray
         tensors = {
             name: value.detach().contiguous() for name, value in network.state_dict().items()
         }
-        safetensors.torch.save_file(tensors, folder / MODEL)
+        content = safetensors.torch.save(tensors)
+        (folder / MODEL).write_bytes(content)
         (folder / CARD).write_text(json.dumps(dict(card), indent=1, sort_keys=True))
         if not cv2.imwrite(str(folder / PREVIEW), np.ascontiguousarray(preview[:, :, ::-1])):
             raise ValueError(f"preview of shape {preview.shape} cannot be written as PNG")
         (folder / CONFIG).write_text(json.dumps(told, indent=1, sort_keys=True))
         _put(folder, uri)
+    return hashlib.sha256(content).hexdigest()
 
 
 def load(uri: str) -> nn.Module:
@@ -128,9 +134,7 @@ def rebuild(config_class: type, values: Mapping[str, Any]) -> Any:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{config_class.__name__} has no {', '.join(unknown)}")
-    return config_class(
-        **{name: _typed(hints[name], value) for name, value in values.items()}  # fmt: skip
-    )
+    return config_class(**{name: _typed(hints[name], value) for name, value in values.items()})
 
 
 def _typed(hint: Any, value: Any) -> Any:
@@ -149,7 +153,9 @@ def _word(network: nn.Module) -> str:
     for word, (_, config_class) in NETWORKS.items():
         if type(config) is config_class:
             return word
-    raise ValueError(f"{type(network).__name__} is no network that bundles know: {sorted(NETWORKS)}")
+    raise ValueError(
+        f"{type(network).__name__} is no network that bundles know: {sorted(NETWORKS)}"
+    )
 
 
 def _put(folder: Path, uri: str) -> None:

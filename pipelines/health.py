@@ -101,7 +101,9 @@ def collapse(history: History, config: HealthConfig) -> Finding | None:
 
 def explosion(history: History, config: HealthConfig) -> Finding | None:
     """A gradient norm has left its usual range."""
-    for name in sorted(name for name in (history[-1] if history else {}) if name.startswith("norm/")):
+    for name in sorted(
+        name for name in (history[-1] if history else {}) if name.startswith("norm/")
+    ):
         norms = _series(history, name)
         if len(norms) < 20:
             continue

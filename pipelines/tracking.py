@@ -232,7 +232,9 @@ class Tracker:
         self._begin: dict[str, Any] = json.loads(self._read("begin.json"))
         state = _read_state(self.folder)
         identity = _identity(store)
-        self._state = state if state.get("store") == identity else {"store": identity, "sent": {}}
+        self._state: dict[str, Any] = (
+            state if state.get("store") == identity else {"store": identity, "sent": {}}
+        )
         self._marks: dict[str, int] = dict(self._state["sent"])
         for name in self._pending():
             step, kind = _parts(name)
@@ -263,8 +265,12 @@ class Tracker:
         """Record how the run ended: FINISHED, FAILED or KILLED."""
         self._record(f"end-{uuid.uuid4().hex[:8]}", step, {"status": status})
 
-    def close(self, patience_seconds: float = 15.0) -> int:
-        """Send what is left, for so long at most; returns how many records must wait for the next run of the command."""
+    def close(self, patience_seconds: float = 600.0) -> int:
+        """Send what is left: for so long at most while it goes well, with one attempt when the store is away.
+
+        Returns:
+            how many records must wait for the next run of the command.
+        """
         self._ending.set()
         self._wake.set()
         self._thread.join(patience_seconds)
@@ -395,7 +401,7 @@ class Tracker:
         if any(f"{key}%step%{step}%" in path for path in there):
             return
         coded = np.frombuffer(base64.b64decode(record["image"]), np.uint8)
-        image = cv2.cvtColor(cv2.imdecode(coded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        image = cv2.imdecode(coded, cv2.IMREAD_COLOR_RGB)
         self._client.log_image(
             self._run_id, image, key=key, step=step, timestamp=record["time"], synchronous=True
         )
@@ -492,7 +498,9 @@ def find_bundle(uri: str, cache: Path | None = None) -> str:
         )
         source = client.get_model_version_download_uri(name, version)
         folder = cache or Path(tempfile.mkdtemp(prefix="headray-bundle-"))
-        return str(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=place))
+        return str(
+            download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=place)
+        )
     except Exception as error:
         reason = one_line(scrub(f"{type(error).__name__}: {error}"), 200)
         raise TrackingError(f"{uri}: not found in {public_url(place)}: {reason}") from error
@@ -557,7 +565,9 @@ def _attach(client: Any, run_id: str, begin: Mapping[str, Any]) -> None:
         source_type="headray",
         source=json.dumps({"uri": lineage["uri"], "version": lineage["version"]}),
     )
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    client.log_inputs(
+        run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+    )
     client.log_dict(run_id, begin["config"], "config.json")
     for name, value in begin["tags"].items():
         client.set_tag(run_id, name, value)
