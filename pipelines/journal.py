@@ -120,19 +120,20 @@ class Journal:
         self._told = now
         cluster, total = self.training.cluster, self.training.config.samples
         speed = self.values.get("speed/samples_per_second", 0.0)
+        seconds = self._seconds
         content = {
             "samples_seen": samples_seen,
             "samples": total,
             "values": self.values,
             "warnings": self._warnings,
-            "seconds": self._seconds,
+            "seconds": seconds,
             "eta_seconds": health.eta_seconds(max(total - samples_seen, 0), speed)
             if speed
             else None,
-            "cost": health.cost(self._seconds, cluster.num_workers, cluster.price_per_worker_hour),
+            "cost": health.cost(seconds, cluster.num_workers, cluster.price_per_worker_hour),
         }
         uri = storage.join(self.training.output, PROGRESS)
-        storage.write_atomic(uri, json.dumps(content, indent=1).encode())
+        storage.write_atomic(uri, json.dumps(content, indent=1).encode(), durable=False)
 
 
 def save_bundle(

@@ -282,7 +282,8 @@ class Tracker:
         self._marks[kind] = step
         content = {"time": int(time.time() * 1000), "kind": kind, "step": step, **content}
         name = f"pending/{step:015d}-{kind.replace('/', '_')}.json"
-        storage.write_atomic(storage.join(self.folder, name), json.dumps(content).encode())
+        uri = storage.join(self.folder, name)
+        storage.write_atomic(uri, json.dumps(content).encode(), durable=False)
         self._wake.set()
 
     def _pending(self) -> list[str]:
@@ -374,7 +375,7 @@ class Tracker:
 
     def _write_state(self) -> None:
         uri = storage.join(self.folder, "run.json")
-        storage.write_atomic(uri, json.dumps(self._state, indent=1).encode())
+        storage.write_atomic(uri, json.dumps(self._state, indent=1).encode(), durable=False)
 
     def _send(self, record: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric

@@ -148,12 +148,12 @@ class ToySamples:
     double: bool = False
     nan_at: int = -1
     """Sample whose picture is not a number."""
-    kill_at: int = -1
-    """Sample at which one worker kills itself, once."""
+    kill_at: tuple[int, ...] = ()
+    """Samples at which a worker kills itself, each once."""
+    markers: str = ""
+    """Folder with a file for each kill that has happened."""
     pause: float = 0.0
     """Seconds that a batch takes to come."""
-    marker: str = ""
-    """File that says that the kill has happened."""
 
 
 def toy_batches(
@@ -165,10 +165,11 @@ def toy_batches(
     while True:
         indices = range(start + rank * share, start + (rank + 1) * share)
         time.sleep(config.pause)
-        marker = Path(config.marker)
-        if config.kill_at in indices and not marker.exists():
-            marker.write_text(str(rank))
-            os.kill(os.getpid(), signal.SIGKILL)
+        for sample in set(config.kill_at) & set(indices):
+            marker = Path(config.markers, str(sample))
+            if not marker.exists():
+                marker.write_text(str(rank))
+                os.kill(os.getpid(), signal.SIGKILL)
         images = torch.stack([_picture(config, index) for index in indices])
         yield ToyBatch(keys=[f"toy-{index}" for index in indices], images=images)
         start += config.batch

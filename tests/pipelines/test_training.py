@@ -104,7 +104,7 @@ def test_seed_decides(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_stops_and_names_the_samples(tmp_path: Path) -> None:
     crash = toy_training(tmp_path, ToySamples(nan_at=29))
-    with pytest.raises(NothingUsableError, match="loss/l1 = nan.*toy-28, toy-29, toy-30, toy-31"):
+    with pytest.raises(NothingUsableError, match=r"loss/l1 = nan.*toy-28, toy-29, toy-30, toy-31"):
         training.run(crash)
     assert checkpoints.samples_of(checkpoints.newest(str(tmp_path))) == 24
     assert all(torch.isfinite(value).all() for value in tensors(tmp_path).values())
@@ -229,8 +229,8 @@ def test_meter_counts_what_was_there() -> None:
 
 
 def test_waiting_for_samples_is_measured_and_warned_of(tmp_path: Path) -> None:
-    outcome = training.run(toy_training(tmp_path, ToySamples(pause=0.03)))
-    assert outcome.values["speed/data_wait"] > 0.5
+    outcome = training.run(toy_training(tmp_path, ToySamples(pause=0.05)))
+    assert outcome.values["speed/data_wait"] > 0.3
     warnings = journal.read_progress(str(tmp_path))["warnings"]
     assert "cpus-per-worker" in warnings["starvation"]
 
