@@ -6,6 +6,7 @@ GHOST's finding on HeSer (spec: separate encoders carry the target's identity; s
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,15 +63,15 @@ def gauges(findings: Sequence[Finding]) -> dict[str, float]:
 
 
 def plateau(history: History, config: HealthConfig) -> Finding | None:
-    """The loss has stopped falling: its median over the last records is no lower than over as many before."""
+    """The loss has stopped falling: what its mean fell by, against as many records before, is little or within the noise."""
     count = config.plateau_records
     losses = _series(history, config.progress)
     if not count or len(losses) < 2 * count:
         return None
-    before = statistics.median(losses[-2 * count : -count])
-    now = statistics.median(losses[-count:])
-    gain = (before - now) / max(abs(before), 1e-12)
-    if gain >= config.plateau_gain:
+    halves = losses[-2 * count : -count], losses[-count:]
+    before, now = map(statistics.fmean, halves)
+    noise = 2 * math.sqrt(sum(map(statistics.pvariance, halves)) / count)  # two standard errors
+    if before - now >= max(config.plateau_gain * abs(before), noise):
         return None
     return Finding(
         "plateau",

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
@@ -314,7 +315,8 @@ class Tracker:
                     logging.getLogger(__name__).warning("%s", self.problem)
                 self._ending.wait(self.retry_seconds)
             else:
-                self._wake.wait()
+                if not ending:
+                    self._wake.wait()
             if ending:
                 return
 
@@ -342,8 +344,8 @@ class Tracker:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
-        for name in ("mlflow.store.db.utils", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        for name in ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         prepare(self.store)
         client = MlflowClient(tracking_uri=self.store.uri, registry_uri=self.store.uri)
         begin = self._begin
@@ -399,7 +401,7 @@ class Tracker:
 
         key, step = record["key"], record["step"]
         there = [item.path for item in self._client.list_artifacts(self._run_id, "images")]
-        if any(f"{key}%step%{step}%" in path for path in there):
+        if any(re.search(rf"/{key}[%+]step[%+]{step}[%+]", path) for path in there):
             return
         coded = np.frombuffer(base64.b64decode(record["image"]), np.uint8)
         image = cv2.imdecode(coded, cv2.IMREAD_COLOR_RGB)
