@@ -39,6 +39,10 @@ class Piece:
     """Place of the last one, included."""
 
 
+Span = tuple[str, list[int], list[int]]
+"""URI of a shard, and the offset and size in it of each of some adjacent members."""
+
+
 class Reader:
     """One split of a dataset, opened for reading. Small enough to be inherited by many loader processes.
 
@@ -75,7 +79,7 @@ class Reader:
         ]
         self._read_index([shard["name"] for shard in listed], split)
         self._local = storage.is_local(dataset)
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._open: OrderedDict[str, int] = OrderedDict()
 
     def _read_index(self, names: Sequence[str], split: str) -> None:
         index = shards.read_index(self.dataset, COLUMNS).combine_chunks()
@@ -156,26 +160,30 @@ class Reader:
         name = self._names[int(self._first[track]) + self.picture(track, frame).first].as_py()
         return f"{self.keys[track]}.{name.removesuffix('.jpg')}"
 
+    def where(self, piece: Piece) -> Span:
+        """The shard of a piece, and offset and size in it of each of its members."""
+        first = int(self._first[piece.track])
+        places = slice(first + piece.first, first + piece.last + 1)
+        shard = self._shards[self._shard[piece.track]]
+        return shard, self._offsets[places].tolist(), self._sizes[places].tolist()
+
     def read(self, pieces: Sequence[Piece]) -> list[list[bytes]]:
-        """Contents of the members of each piece; one range read a piece, at the same time where that helps.
+        """Contents of the members of each piece; one range read a piece, all at the same time from an object store.
 
         Raises:
             DatasetError: a shard is gone or shorter than it was.
         """
-        spans = []
-        for piece in pieces:
-            first = int(self._first[piece.track])
-            places = slice(first + piece.first, first + piece.last + 1)
-            offsets, sizes = self._offsets[places].tolist(), self._sizes[places].tolist()
-            spans.append((int(self._shard[piece.track]), offsets, sizes))
+        spans = [self.where(piece) for piece in pieces]
         blocks = self._read_local(spans) if self._local else self._read_remote(spans)
         contents = []
         for (shard, offsets, sizes), block in zip(spans, blocks, strict=True):
-            start, end = offsets[0], offsets[-1] + sizes[-1]
-            if len(block) != end - start:
-                raise DatasetError(
-                    f"{self._shards[shard]}: {len(block)} bytes at {start}, {end - start} expected"
-                )
+            start = offsets[0]
+            wanted = offsets[-1] + sizes[-1] - start
+            if len(block) != wanted:
+                raise DatasetError(f"{shard}: {len(block)} bytes at {start}, {wanted} expected")
+            if len(sizes) == 1:
+                contents.append([block])
+                continue
             contents.append(
                 [
                     block[offset - start : offset - start + size]
@@ -184,30 +192,29 @@ class Reader:
             )
         return contents
 
-    def _read_local(self, spans: Sequence[tuple[int, list[int], list[int]]]) -> list[bytes]:
+    def _read_local(self, spans: Sequence[Span]) -> list[bytes]:
         return [
             os.pread(self._descriptor(shard), offsets[-1] + sizes[-1] - offsets[0], offsets[0])
             for shard, offsets, sizes in spans
         ]
 
-    def _descriptor(self, shard: int) -> int:
+    def _descriptor(self, shard: str) -> int:
         """Of an open shard; the one that was not used for longest is closed when there are too many."""
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
         if len(self._open) >= OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
-        path = storage.filesystem(self._shards[shard])[1]
         try:
-            self._open[shard] = os.open(path, os.O_RDONLY)
+            self._open[shard] = os.open(storage.filesystem(shard)[1], os.O_RDONLY)
         except FileNotFoundError:
-            raise DatasetError(f"{self._shards[shard]}: missing") from None
+            raise DatasetError(f"{shard}: missing") from None
         return self._open[shard]
 
-    def _read_remote(self, spans: Sequence[tuple[int, list[int], list[int]]]) -> list[bytes]:
+    def _read_remote(self, spans: Sequence[Span]) -> list[bytes]:
         # asked for in each process: a connection does not survive a fork
         fs, _ = storage.filesystem(self.dataset)
-        paths = [storage.filesystem(self._shards[shard])[1] for shard, _, _ in spans]
+        paths = [storage.filesystem(shard)[1] for shard, _, _ in spans]
         starts = [offsets[0] for _, offsets, _ in spans]
         ends = [offsets[-1] + sizes[-1] for _, offsets, sizes in spans]
         try:
