@@ -30,10 +30,12 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from torch import nn
 
+from models.aligner.network import Aligner, AlignerConfig
+
 MODEL, CONFIG, CARD, PREVIEW = "model.safetensors", "config.json", "card.json", "preview.png"
 SCHEMA_VERSION = 1
 
-NETWORKS: dict[str, tuple[Callable[[Any], nn.Module], type]] = {}
+NETWORKS: dict[str, tuple[Callable[[Any], nn.Module], type]] = {"aligner": (Aligner, AlignerConfig)}
 """Word in ``config.json`` → the network, built from its frozen dataclass of a configuration."""
 
 
