@@ -28,7 +28,7 @@ from models.aligner.learner import AlignerLearnerConfig
 from models.aligner.network import AlignerConfig
 from models.aligner.start import fitting, start
 from models.frozen import arcface, vgg, weights
-from pipelines import samples, shards
+from pipelines import samples, shards, tracking
 from pipelines.health import HealthConfig
 from pipelines.samples import HeldOutConfig, SamplesConfig, aligner_batches, held_out_batches
 from pipelines.training import ClusterConfig, TrainingConfig
@@ -60,18 +60,6 @@ class TrainAlignerConfig:
     """The workers."""
     health: HealthConfig = HEALTH
     """When to warn."""
-
-    def __post_init__(self) -> None:
-        shape, drawn = self.learner.network, self.samples
-        for ours, theirs, name, other in (
-            (shape.size, drawn.output_size, "size", "output_size"),
-            (shape.encoder_size, drawn.encoder_size, "encoder_size", "encoder_size"),
-            (shape.identity, drawn.identity, "identity", "identity"),
-        ):
-            if ours != theirs:
-                raise ValueError(
-                    f"--learner.network.{name.replace('_', '-')} {ours} and --samples.{other.replace('_', '-')} {theirs} must be the same"
-                )
 
 
 PRESETS = {
@@ -109,7 +97,7 @@ PRESETS = {
             loaders=0,
         ),
         held_out=HeldOutConfig(batches=2, sources=2),
-        training=TrainingConfig(samples=40, log_every=2, evaluate_every=20, checkpoint_every=10),
+        training=TrainingConfig(samples=40, log_every=2, evaluate_every=20, checkpoint_every=20),
     ),
     # One GPU, hours, a few identities: LPD's own 256 px network, which the preset grow takes to 512.
     "small": TrainAlignerConfig(
@@ -154,9 +142,13 @@ PRESETS = {
 def job() -> None:
     """Parse, check, connect, train, summarise."""
     config = runtime.parse(PRESETS, __doc__ or "")
-    config = replace(config, dataset=runtime.location("dataset", config.dataset))
+    config = replace(
+        config,
+        dataset=runtime.location("dataset", config.dataset),
+        output=runtime.location("output", config.output),
+        init=runtime.location("init", config.init) if config.init else "",
+    )
     check(config)
-    config, init = runtime.fetch_init(config)
     num_workers = max(config.cluster.num_workers, 1)
     # Leakage is measured between the persons of one batch, so every worker's share must hold two.
     batch_size = max(config.samples.batch_size, 2 * num_workers)
@@ -164,7 +156,7 @@ def job() -> None:
     runtime.train(
         "aligner",
         config,
-        build=partial(start, config.learner, init),
+        build=partial(start, config.learner, runtime.fetch_bundle(config.init, config.output)),
         batches=partial(aligner_batches, config.samples, config.dataset),
         held_out=partial(held_out_batches, looked_at, config.held_out, config.dataset),
         remarks=remarks(config),
@@ -174,7 +166,16 @@ def job() -> None:
 def check(config: TrainAlignerConfig) -> None:
     """Everything that can be known to be wrong before workers start. Raises what :func:`runtime.main` turns into a line."""
     shards.read_manifest(config.dataset)
-    shape = config.learner.network
+    shape, drawn = config.learner.network, config.samples
+    for ours, theirs, name, other in (
+        (shape.size, drawn.output_size, "size", "output-size"),
+        (shape.encoder_size, drawn.encoder_size, "encoder-size", "encoder-size"),
+        (shape.identity, drawn.identity, "identity", "identity"),
+    ):
+        if ours != theirs:
+            runtime.usage(
+                f"--learner.network.{name} {ours} and --samples.{other} {theirs} must be the same"
+            )
     if not config.learner.random_init:
         names = [*arcface.WEIGHTS[shape.identity], *network.WEIGHTS[shape.encoder_init]]
         if config.learner.vgg != "none":
@@ -190,7 +191,7 @@ def check(config: TrainAlignerConfig) -> None:
                 f"{config.samples.batch_size // num_workers} samples"
             )
         if config.init:
-            fitting(runtime.find_bundle(config.init), config.learner)
+            fitting(tracking.find_bundle(config.init), config.learner)
     except ValueError as error:
         if isinstance(error, runtime.USER_ERRORS):
             raise
@@ -203,7 +204,9 @@ def remarks(config: TrainAlignerConfig) -> list[str]:
     if config.learner.vgg == "none":
         told.append("no VGG: its feature matching is off (--learner.vgg)")
     if config.learner.network.identity == "dlib":
-        told.append("dlib's descriptor has no gradient: identity losses are off (--learner.network.identity)")
+        told.append(
+            "dlib's descriptor has no gradient: identity losses are off (--learner.network.identity)"
+        )
     if not config.learner.network.has_mask:
         told.append("no mask head: the background is generated, too")
     return told

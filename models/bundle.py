@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from models.aligner.network import Aligner, AlignerConfig
+from models.frozen.weights import WeightsError
 
 MODEL, CONFIG, CARD, PREVIEW = "model.safetensors", "config.json", "card.json", "preview.png"
 SCHEMA_VERSION = 1
@@ -39,7 +40,7 @@ NETWORKS: dict[str, tuple[Callable[[Any], nn.Module], type]] = {"aligner": (Alig
 """Word in ``config.json`` → the network, built from its frozen dataclass of a configuration."""
 
 
-class BundleError(ValueError):
+class BundleError(WeightsError):
     """The bundle is not there, damaged, or of another version: one line for the user."""
 
 
@@ -170,7 +171,9 @@ def _put(folder: Path, uri: str) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as aside:
-        shutil.copytree(folder, Path(aside, "new"))
+        Path(aside, "new").mkdir()
+        for name in (MODEL, CARD, PREVIEW, CONFIG):
+            shutil.copyfile(folder / name, Path(aside, "new", name))
         if target.exists():
             target.rename(Path(aside, "old"))
         Path(aside, "new").rename(target)

@@ -44,7 +44,7 @@ def write(
         "optimizers": {name: each.state_dict() for name, each in learner.optimizers.items()},
         "notes": notes,
     }
-    uri = storage.join(output, FOLDER, f"{samples_seen:015d}.pt")
+    uri = uri_of(output, samples_seen)
     if storage.is_local(uri):
         with (
             storage.local_aside(Path(storage.filesystem(uri)[1])) as aside,
@@ -59,6 +59,11 @@ def write(
     for name in listed(output)[:-keep]:
         storage.remove(storage.join(output, FOLDER, name))
     return uri
+
+
+def uri_of(output: str, samples_seen: int) -> str:
+    """Of the checkpoint of so many samples."""
+    return storage.join(output, FOLDER, f"{samples_seen:015d}.pt")
 
 
 def listed(output: str) -> list[str]:

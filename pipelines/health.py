@@ -28,6 +28,8 @@ class HealthConfig:
     """Hinge loss of the discriminator: 0 when it sees through everything, 2 when it knows nothing."""
     leakage: str = "eval/leakage"
     """Similarity of what is generated to the driving person minus that to the source person, cross pairs."""
+    leakage_limit: float = 0.02
+    """Leakage above which three evaluations in a row are a warning."""
     plateau_records: int = 100
     """Logged records that are compared with as many before them; 0: no warning."""
     plateau_gain: float = 0.005
@@ -121,7 +123,7 @@ def explosion(history: History, config: HealthConfig) -> Finding | None:
 def leakage(history: History, config: HealthConfig) -> Finding | None:
     """Heads come out with the driving person's identity: in the last three evaluations they looked more like it."""
     values = _series(history, config.leakage)[-3:]
-    if len(values) < 3 or min(values) <= 0:
+    if len(values) < 3 or min(values) <= config.leakage_limit:
         return None
     return Finding(
         "leakage",

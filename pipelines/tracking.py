@@ -472,6 +472,20 @@ def begin(
     storage.write_atomic(uri, json.dumps(content, indent=1).encode())
 
 
+def read_lineage(output: str) -> Lineage | None:
+    """The dataset that an output's run was begun or last continued with."""
+    try:
+        content = json.loads(storage.read_bytes(storage.join(output, FOLDER, "begin.json")))
+    except FileNotFoundError:
+        return None
+    return Lineage(**content["lineage"])
+
+
+def num_pending(output: str) -> int:
+    """Records that no store has been sent yet."""
+    return len(storage.names_below(storage.join(output, FOLDER, "pending")))
+
+
 def find_bundle(uri: str, cache: Path | None = None) -> str:
     """Where the files of a bundle are: ``models:/NAME@alias`` and ``models:/NAME/VERSION`` are fetched from the registry of
     ``MLFLOW_TRACKING_URI``, anything else is returned as it is.

@@ -26,10 +26,12 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from models.frozen.weights import WeightsError
 from models.updates import NonFiniteLossError
 from pipelines import checkpoints, health, storage, tracking
 from pipelines.journal import Journal
 from pipelines.output import CONFIG, WORK, ConfigError, NothingUsableError
+from pipelines.shards import DatasetError
 
 OPERATIONAL = (
     "output",
@@ -217,7 +219,14 @@ def run(training: Training) -> Outcome:
         ),
         run_config=_run_config(training, local),
     )
-    outcome: Outcome = trainer.fit().return_value  # type: ignore[attr-defined]  # of Train's version 2
+    try:
+        outcome: Outcome = trainer.fit().return_value  # type: ignore[attr-defined]  # of version 2
+    except ray.train.TrainingFailedError as error:
+        for failure in getattr(error, "worker_failures", {}).values():
+            reason = getattr(failure, "_base_exc", failure)  # Ray wraps it and offers no other way
+            if isinstance(reason, ConfigError | DatasetError | WeightsError):
+                raise reason from None
+        raise
     if outcome.stopped:
         raise NothingUsableError(
             f"{outcome.stopped} after {outcome.samples_seen:,} samples; look at these samples, or lower the learning rate on a "

@@ -37,9 +37,9 @@ def start(
 def fitting(init: str, config: AlignerLearnerConfig) -> Aligner:
     """The Aligner of a bundle, grown if it must be. Raises as :func:`start`."""
     aligner = bundle.load(init)
-    if isinstance(aligner, Aligner) and aligner.config.schedule == "lpd":
-        if config.network.schedule == "append64":
-            aligner = grow(aligner)
+    grows = config.network.schedule == "append64"
+    if grows and isinstance(aligner, Aligner) and aligner.config.schedule == "lpd":
+        aligner = grow(aligner)
     if not isinstance(aligner, Aligner) or aligner.config != config.network:
         raise ValueError(
             f"--init {init}: its network is {getattr(aligner, 'config', type(aligner).__name__)}, "
