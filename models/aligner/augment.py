@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -172,7 +173,7 @@ def compress(x: Tensor, rng: np.random.Generator) -> Tensor:
     """A JPEG of quality 1 to 30: what imgaug calls a compression of 70 to 99."""
     quality = int(rng.integers(1, 31))
     pixels = (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    decoded = []
+    decoded: list[Any] = []
     for picture in pixels:  # cv2: torchvision gives its codecs up
         coded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
         decoded.append(cv2.imdecode(coded, cv2.IMREAD_COLOR_RGB))
