@@ -28,8 +28,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import av
 import cv2
 import numpy as np
@@ -260,16 +258,18 @@ def pairs_per_second(pairs: Pairs, seconds: float) -> float:
 
 def measure_pairs(folder: Path, config: Config) -> dict[str, float]:
     """Pairs a second of each loader: the best of some rounds in which they take turns."""
+    clips = folder / "clips"
+    clips.mkdir()
     tracks = []
     for number in range(config.tracks):
         images = [portrait(PAIRS_SIZE, number, frame) for frame in range(config.frames)]
         coded = [jpeg(image) for image in images]
         tracks.append(sample(f"id{number:02d}-v0-000", coded, PAIRS_SIZE, None))
         if number < 4:
-            write_clip(folder / f"{number}.mp4", images)
-            (folder / str(number)).mkdir()
+            write_clip(clips / f"{number}.mp4", images)
+            (clips / str(number)).mkdir()
             for frame, image in enumerate(images):
-                cv2.imwrite(str(folder / str(number) / f"{frame:07d}.png"), image[..., ::-1])
+                cv2.imwrite(str(clips / str(number) / f"{frame:07d}.png"), image[..., ::-1])
     dataset = str(folder / "pairs")
     publish(dataset, tracks, 4, PAIRS_SIZE)
     one, other = next(from_shards(dataset)), next(decode_only(dataset))
@@ -277,8 +277,8 @@ def measure_pairs(folder: Path, config: Config) -> dict[str, float]:
     loaders: dict[str, Callable[[], Pairs]] = {
         "shards": lambda: from_shards(dataset),
         "ceiling": lambda: decode_only(dataset),
-        "mp4": lambda: from_clips(folder),
-        "png": lambda: from_folders(folder),
+        "mp4": lambda: from_clips(clips),
+        "png": lambda: from_folders(clips),
     }
     best = dict.fromkeys(loaders, 0.0)
     for _ in range(config.rounds):
@@ -376,15 +376,15 @@ def measure_start(folder: Path, config: Config) -> dict[str, float]:
     shards.write_manifest(manifest, dataset)
     fill_first_batches(dataset, SamplesConfig(), n)
     code = (
-        "import sys, time; sys.path[0] = sys.argv[1]\n"
+        "import sys, time\n"
         "from pipelines.samples import SamplesConfig, aligner_batches\n"
         "called = time.time()\n"
-        "next(aligner_batches(SamplesConfig(), sys.argv[2], samples_seen=0, rank=0, world_size=1))\n"
+        "next(aligner_batches(SamplesConfig(), sys.argv[1], samples_seen=0, rank=0, world_size=1))\n"
         "print(called, time.time())"
     )
     begun = time.time()
     done = subprocess.run(
-        [sys.executable, "-c", code, sys.path[0], dataset],
+        [sys.executable, "-c", code, dataset],
         capture_output=True,
         check=True,
         text=True,
@@ -445,12 +445,7 @@ def tables(
 ) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Title, heads and rows of each table."""
     ratios = [
-        [
-            name,
-            f"{rate:,.0f}",
-            f"{pairs['shards'] / rate:.2f}",
-            f"{TARGETS[name]:g}" if name in TARGETS else "",
-        ]  # fmt: skip
+        [name, f"{rate:,.1f}", f"{pairs['shards'] / rate:.2f}", f"{TARGETS.get(name, 1):g}"]
         for name, rate in pairs.items()
     ]
     yield (

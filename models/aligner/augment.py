@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -170,8 +172,12 @@ def saturate(x: Tensor, rng: np.random.Generator) -> Tensor:
 def compress(x: Tensor, rng: np.random.Generator) -> Tensor:
     """A JPEG of quality 1 to 30: what imgaug calls a compression of 70 to 99."""
     quality = int(rng.integers(1, 31))
-    coded = [T.jpeg(picture, quality).to(x.device) for picture in (x * 255).round().byte().cpu()]
-    return torch.stack(coded).to(x) / 255
+    pixels = (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    decoded: list[Any] = []
+    for picture in pixels:  # cv2: torchvision gives its codecs up
+        coded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+        decoded.append(cv2.imdecode(coded, cv2.IMREAD_COLOR_RGB))
+    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).to(x) / 255
 
 
 def multiply(x: Tensor, rng: np.random.Generator) -> Tensor:
