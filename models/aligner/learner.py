@@ -208,17 +208,16 @@ class AlignerLearner:
                     part.sources, identities, part.driving, part.driving_face, fade
                 )
             portrait = exact(portrait)
-            generated, real = (
-                self.compared(portrait.image, part, is_generated=True),
-                self.compared(part.target, part),
-            )
+            generated = self.compared(portrait.image, part, is_generated=True)
+            real = self.compared(part.target, part)
             raw = self.generator_losses(portrait, generated, real, part)
-            weights = self.loss_weights
-            accumulate({name: weights[name] * loss for name, loss in raw.items()}, part.keys, share)
+            weighted = {name: self.loss_weights[name] * loss for name, loss in raw.items()}
+            accumulate(weighted, part.keys, share)
             add(metrics, {f"loss/{name}": loss for name, loss in raw.items()}, share)
             made.append((generated.detach(), real))
-        norm = step(self._optimizers["aligner"], self.aligner.parameters(), config.clip)
-        metrics["norm/aligner"] = norm
+        metrics["norm/aligner"] = step(
+            self._optimizers["aligner"], self.aligner.parameters(), config.clip
+        )
 
         self.discriminator.requires_grad_(True)
         parts = micro_batches(batch, config.accumulate, (self.discriminator,))
@@ -235,8 +234,9 @@ class AlignerLearner:
                 "score/generated": fake_scores.mean(),
             }
             add(metrics, seen, share)
-        norm = step(self._optimizers["discriminator"], self.discriminator.parameters(), config.clip)
-        metrics["norm/discriminator"] = norm
+        metrics["norm/discriminator"] = step(
+            self._optimizers["discriminator"], self.discriminator.parameters(), config.clip
+        )
 
         self.ema.update(bare(self.aligner))
         return metrics
@@ -329,10 +329,8 @@ class AlignerLearner:
         """
         identities = self.identities(batch.source_faces)
         portrait = self.average(batch, identities, shift=0)
-        generated, real = (
-            self.compared(portrait.image, batch, is_generated=True),
-            self.compared(batch.target, batch),
-        )
+        generated = self.compared(portrait.image, batch, is_generated=True)
+        real = self.compared(batch.target, batch)
         target_vectors, _ = self.look_at_faces(real, batch)
         metrics = {
             "loss/l1": losses.l1(generated, real, batch.target_valid),

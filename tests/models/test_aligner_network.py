@@ -233,6 +233,7 @@ def test_impossible_configs_are_refused(options, told):
         replace(NETWORK, **options)
 
 
+@pytest.mark.slow
 def test_imagenet_weights_fill_everything_but_the_heads(monkeypatch, tmp_path):
     """Files with torchvision's own names and shapes, thousand classes included, as they are published."""
     import torchvision
