@@ -31,12 +31,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from models.aligner.network import Aligner, AlignerConfig
+from models.blender.network import Blender, BlenderConfig
 from models.frozen.weights import WeightsError
 
 MODEL, CONFIG, CARD, PREVIEW = "model.safetensors", "config.json", "card.json", "preview.png"
 SCHEMA_VERSION = 1
 
-NETWORKS: dict[str, tuple[Callable[[Any], nn.Module], type]] = {"aligner": (Aligner, AlignerConfig)}
+NETWORKS: dict[str, tuple[Callable[[Any], nn.Module], type]] = {
+    "aligner": (Aligner, AlignerConfig),
+    "blender": (Blender, BlenderConfig),
+}
 """Word in ``config.json`` → the network, built from its frozen dataclass of a configuration."""
 
 

@@ -5,6 +5,9 @@ annotated box, the time map is measured (:mod:`pipelines.timemap`), the video is
 detected face that overlaps the annotated box. Without one, faces are searched in whole frames and linked while they
 overlap from one frame to the next; each person who stays long enough becomes a track.
 
+With ``search_every`` most of these frames are not searched whole: everybody is looked for where they were, and the whole frame
+is searched at once when somebody is not found there.
+
 Boxes are always detected, never interpolated: a frame without a face is dropped and counted. No track crosses a cut.
 Kept frames lie on one grid of time for the whole video, so overlapping utterances find the same frames, and the
 later one goes without.
@@ -74,6 +77,7 @@ from pipelines.video import (
     Frame,
     VideoError,
     VideoInfo,
+    for_every_frame,
     frame_times,
     nearest,
 )
@@ -102,7 +106,7 @@ DETECTOR_FACE_PX = 80
 GAP_FACE_PX = 130
 GAP_REGION = 2.5
 """Without annotation, a skipped frame is searched again in a square of so many sides of the expected box, scaled until
-that box has the side above."""
+that box has the side above. So are the frames between two that are searched whole (``search_every``)."""
 QUIET_SECONDS = 1.0
 """Without annotation, after so long without any face only one frame in so long is searched until there is one: it is
 where no face is that the detector takes longest (dlib 0.7 s a frame, 20 times what a frame with a face takes)."""
@@ -137,6 +141,9 @@ class TracksConfig:
     search_side_px: int = 1280
     """Without annotation: long side to which frames are shrunk before faces are searched. Faces under
     80 px there may be missed, whatever ``min_face_px`` says."""
+    search_every: int = 1
+    """Without annotation: of so many kept frames one is searched whole, the others around the faces that were there before.
+    Above 1 it is faster (benchmarks/README.md), and who enters the picture may be found so many frames later."""
     max_gap_seconds: float = 0.7
     """Without annotation: a person not seen for longer (at 5 frames a second: in three frames) begins a new track."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -159,6 +166,8 @@ class TracksConfig:
                 "min_face_found must be in [0, 1] and min_overlap in (0, 1], got "
                 f"{self.min_face_found} and {self.min_overlap}"
             )
+        if self.search_every < 1:
+            raise ValueError(f"search_every must be at least 1, got {self.search_every}")
         if self.min_face_px <= 0 or self.search_side_px < DETECTOR_FACE_PX:
             raise ValueError(
                 f"min_face_px must be positive and search_side_px at least {DETECTOR_FACE_PX}, "
@@ -834,6 +843,74 @@ def plan_spans(
     return plans, found
 
 
+def search_near(
+    image: Image, expected: Floats, detector: Detector, most: float = np.inf
+) -> NDArray[np.float32]:
+    """Faces (m, 5) in the surroundings of an expected box (4,), brought to one size but enlarged no more than ``most``."""
+    scale = min(GAP_FACE_PX / float(box_sizes(expected).mean()), most)
+    return search_region(image, scale_boxes(expected, GAP_REGION), scale, detector)
+
+
+class Lookout:
+    """Searches frames in order of time: whole, or where the faces of the frames before were."""
+
+    def __init__(self, info: VideoInfo, detector: Detector, config: TracksConfig) -> None:
+        self.detector = detector
+        self.config = config
+        self.whole = np.array([0.0, 0.0, info.width, info.height])
+        side = max(info.width, info.height)
+        self.scale = min(DETECTOR_FACE_PX / config.min_face_px, config.search_side_px / side)
+        pixels = info.width * info.height * self.scale**2
+        self.most_near = int(pixels / (GAP_REGION * GAP_FACE_PX) ** 2)
+        """People whose surroundings are fewer pixels than the whole frame."""
+        self.people: list[tuple[float, NDArray[np.float32]]] = []
+        """Time and row (5,) of everybody's last face, for as long as they may come back."""
+        self.turn = 0
+        """Frames since one was searched whole."""
+        self.before = self.looked = self.searched = self.seen = -np.inf
+        """Time of the last frame, the last one looked at, the last one searched whole, the last one with a face."""
+
+    def look(self, image: Image, time: float) -> NDArray[np.float32] | None:
+        """Faces (m, 5) in a frame, or None when it was not searched: nobody has been there for a while."""
+        patience = self.config.max_gap_seconds
+        follows = time - self.before <= patience
+        self.before = time
+        self.turn += 1
+        self.people = [known for known in self.people if time - known[0] <= patience]
+        faces: NDArray[np.float32] | None = None
+        if follows and self.turn < self.config.search_every:
+            if not self.people:
+                return None
+            if len(self.people) <= self.most_near:
+                faces = self._follow(image)
+        if faces is None:
+            if time - self.seen > QUIET_SECONDS and time - self.searched < QUIET_SECONDS:
+                return None
+            faces = search_region(image, self.whole, self.scale, self.detector)
+            self.searched, self.turn = time, 0
+        lost = [known for known in self.people if not _is_among(known[1], faces)]
+        self.people = [(time, face) for face in faces] + lost
+        self.looked = time
+        self.seen = time if len(faces) else self.seen
+        return faces
+
+    def _follow(self, image: Image) -> NDArray[np.float32] | None:
+        """Faces where people were; None when somebody who was there in the last frame is not."""
+        found = np.zeros((0, 5), np.float32)
+        for seen, known in self.people:
+            # no closer than in the whole frame: boxes found at another size agree less, and small videos would be enlarged
+            near = search_near(image, known[:4], self.detector, self.scale)
+            fresh = [face for face in near if not _is_among(face, found)]
+            found = np.concatenate([found, np.array(fresh, np.float32).reshape(-1, 5)])
+            if seen == self.looked and not _is_among(known, found):
+                return None
+        return found
+
+
+def _is_among(face: NDArray[np.float32], faces: NDArray[np.float32]) -> bool:
+    return bool(iou(face[:4], faces[:, :4]).max(initial=0.0) >= LINK_OVERLAP)
+
+
 def search_frames(
     path: str,
     info: VideoInfo,
@@ -843,26 +920,21 @@ def search_frames(
     detector: Detector,
     config: TracksConfig,
 ) -> tuple[dict[int, NDArray[np.float32]], list[int]]:
-    """Faces (m, 5) of each frame that was searched, whole, by index; and the cuts."""
-    side = max(info.width, info.height)
-    scale = min(DETECTOR_FACE_PX / config.min_face_px, config.search_side_px / side)
+    """Faces (m, 5) of each frame that was searched, by index; and the cuts."""
     ranges = [
         frames_between(times, times[frames[0]], times[frames[-1]])
         for frames in plans
         if len(frames)
     ]
     wanted = [int(index) for frames in plans for index in frames]
-    whole = np.array([0.0, 0.0, info.width, info.height])
     watched = watch(path, info, decoder, ranges, wanted)
+    lookout = Lookout(info, detector, config)
     faces: dict[int, NDArray[np.float32]] = {}
-    searched = seen = -np.inf
     for frame in watched.frames:
         assert frame.image is not None
-        if frame.time - seen > QUIET_SECONDS and frame.time - searched < QUIET_SECONDS:
-            continue
-        faces[frame.index] = search_region(frame.image, whole, scale, detector)
-        searched = frame.time
-        seen = frame.time if len(faces[frame.index]) else seen
+        found = lookout.look(frame.image, frame.time)
+        if found is not None:
+            faces[frame.index] = found
     return faces, watched.cuts
 
 
@@ -889,9 +961,7 @@ def fill_gaps(
         assert frame.image is not None
         for chain, position in wanted[frame.index]:
             expected = chain.expected(position)
-            scale = GAP_FACE_PX / float(box_sizes(expected).mean())
-            region = scale_boxes(expected, GAP_REGION)
-            found = search_region(frame.image, region, scale, detector)
+            found = search_near(frame.image, expected, detector)
             others = [other.faces[position][:4] for other in chains if position in other.faces]
             fresh = found[iou(found[:, :4], others).max(axis=1, initial=0.0) < LINK_OVERLAP]
             scores = iou(expected, fresh[:, :4])[0]
@@ -995,7 +1065,7 @@ class Tracker:
 
     def __init__(self, config: TracksConfig) -> None:
         self.config = config
-        self.decoder = Decoder(config.decoder)
+        self.decoder = Decoder(for_every_frame(config.decoder))
         self.detector = load_detector(config.detector, DETECTOR_FACE_PX)
         use_one_thread()
 

@@ -281,6 +281,8 @@ def test_frames_without_believable_landmarks_are_dropped_and_counted(astronaut, 
     class Spoiled:
         """The real landmarker, mistaken about one frame."""
 
+        images_at_once = landmarker.images_at_once
+
         def locate_many(self, images, given):
             found = landmarker.locate_many(images, given)
             return [
@@ -295,6 +297,55 @@ def test_frames_without_believable_landmarks_are_dropped_and_counted(astronaut, 
     assert len(track.boxes) == len(track.box_scores) == FRAMES - 1
     assert npy_array(members[0][1]).shape[0] == FRAMES - 1
     assert "eileen-portrait-000.000003.jpg" not in dict(members)
+
+
+def test_smoothing_takes_the_tremble_out_of_landmarks_and_windows(astronaut, cut):
+    """Boxes that step about shake a landmarker's points; the same frames come out, calmer."""
+    video, _ = astronaut
+    draw = np.random.default_rng(0)
+    boxes = [
+        tuple(np.array(box) + np.tile(draw.normal(0, 8, 2), 2)) for box in video.tracks[0].boxes
+    ]
+    shaken = _with_boxes(video, boxes)
+    (plain, before), (calm, after) = cut(shaken), cut(shaken, smooth=True)
+    assert [name for name, _ in after] == [name for name, _ in before]
+    scores, calm_scores = plain.tracks[0].scores, calm.tracks[0].scores
+    assert scores["jitter"] == calm_scores["jitter_raw"]
+    assert calm_scores["jitter"] < scores["jitter"] / 3
+    assert calm.tracks[0].boxes == plain.tracks[0].boxes  # the detected ones
+    paths = {}
+    for name, members in (("plain", before), ("calm", after)):
+        content = dict(members)
+        matrices = npy_array(content["eileen-portrait-000.matrix.npy"]).astype(float)
+        points = npy_array(content["eileen-portrait-000.landmarks.npy"])
+        paths[name] = matrices, points
+        # stored in window pixels: the eye line is level there
+        eyes = points[:, 36:42].mean(axis=1), points[:, 42:48].mean(axis=1)
+        assert np.abs((eyes[0] - eyes[1])[:, 1]).max() < 5
+    middles = {
+        name: np.array([transform(invert(m), (256, 256)) for m in matrices])
+        for name, (matrices, _) in paths.items()
+    }
+    bends = {name: np.abs(np.diff(middle, n=2, axis=0)).mean() for name, middle in middles.items()}
+    assert bends["calm"] < 0.7 * bends["plain"]  # the head itself bends, too
+    assert cut(shaken, smooth=True)[1] == after
+
+
+def test_smoothing_leaves_alone_what_has_no_neighbours(astronaut, cut):
+    """A gap is respected: the frames on its two sides are smoothed as if the others did not exist."""
+    video, _ = astronaut
+    (track,) = video.tracks
+    chosen = [0, 1, 2, 3, 4, 6, 7, 8, 9, 11]
+    thin = {
+        name: tuple(getattr(track, name)[i] for i in chosen)
+        for name in ("times", "indices", "boxes", "box_scores")
+    }
+    done, members = cut(
+        replace(video, tracks=(replace(track, **thin),)), smooth=True, crop_rule="fomm"
+    )
+    assert done.tracks[0].indices == tuple(chosen)
+    assert done.tracks[0].scores["jitter"] < done.tracks[0].scores["jitter_raw"]
+    assert npy_array(dict(members)["eileen-portrait-000.landmarks.npy"]).shape == (10, 68, 2)
 
 
 def test_tracks_are_judged_one_by_one_and_share_frames(astronaut, cut):
