@@ -229,7 +229,7 @@ def from_clips(folder: Path) -> Pairs:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         video = skimage.util.img_as_float32(np.stack(frames))
         images = [video[i] for i in rng.choice(len(video), 2, replace=False)]
-        yield np.stack(images)  # type: ignore[misc]
+        yield np.stack(images)
 
 
 def from_folders(folder: Path) -> Pairs:
@@ -242,7 +242,7 @@ def from_folders(folder: Path) -> Pairs:
             skimage.util.img_as_float32(skimage.io.imread(chosen / names[i]))
             for i in rng.choice(len(names), 2, replace=False)
         ]
-        yield np.stack(images)  # type: ignore[misc]
+        yield np.stack(images)
 
 
 def pairs_per_second(pairs: Pairs, seconds: float) -> float:
