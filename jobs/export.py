@@ -48,7 +48,8 @@ PRESETS = {"default": ExportConfig(run=tyro.MISSING, output=tyro.MISSING)}
 def aligner(config: Mapping[str, Any]) -> Learner[Any]:
     """The learner of a train_aligner job; what measures its losses is not needed and not loaded."""
     learner = bundle.rebuild(AlignerLearnerConfig, config["learner"])
-    learner = replace(learner, random_init=True, vgg="none", vgg_weights=())
+    has_file = learner.network.identity != "dlib"  # whose weights are in its wheel
+    learner = replace(learner, random_init=has_file, vgg="none", vgg_weights=())
     return AlignerLearner(learner, wrap=lambda network: network, device=torch.device("cpu"))
 
 

@@ -24,10 +24,9 @@ import pytest
 
 from jobs import demo
 from pipelines import checkpoints
-from tests.jobs.test_train_aligner import make_people
 from tests.material import REPOSITORY
 from tests.pipelines.test_training import assert_same
-from tests.runs import ledger, manifest, outcome, run_job
+from tests.runs import ledger, manifest, outcome
 
 pytestmark = pytest.mark.slow
 
@@ -176,27 +175,20 @@ def kill_worker_after(head: Head, output: Path, killed: threading.Event) -> None
 
 
 def test_training_whose_worker_is_killed_ends_as_one_that_was_left_alone(
-    head: Head, tmp_path: Path
+    head: Head, people: Path, smoke_training: tuple[Path, str], tmp_path: Path
 ) -> None:
     """Submitted and killed, on a Ray worker, against undisturbed in the job's own process: bit for bit."""
-    make_people(tmp_path / "data")
-    flags = ["smoke", f"--dataset={tmp_path / 'data'}", "--training.checkpoint-every=10"]
-    code, text = run_job(
-        "train_aligner", *flags, f"--output={tmp_path / 'alone'}",
-        folder=tmp_path, extra={"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert code == 0, text
     killed = threading.Event()
     killer = threading.Thread(target=kill_worker_after, args=(head, tmp_path / "out", killed))
     killer.start()
     done = submit(
-        head, "training", *flags, f"--output={tmp_path / 'out'}", "--cluster.cpus-per-worker=1",
-        job="train_aligner",
+        head, "training", "smoke", f"--dataset={people}", f"--output={tmp_path / 'out'}",
+        "--training.checkpoint-every=10", "--cluster.cpus-per-worker=1", job="train_aligner",
     )  # fmt: skip
     killer.join()
     assert done.returncode == 0, done.stdout + done.stderr
     assert killed.is_set()
-    assert_same(tmp_path / "alone", tmp_path / "out")
+    assert_same(smoke_training[0] / "out", tmp_path / "out")
     assert (tmp_path / "out" / "mlflow" / "mlflow.db").is_file()
 
 

@@ -19,47 +19,22 @@ from jobs import runtime, train_aligner
 from models import bundle
 from models.aligner.network import Aligner
 from pipelines import checkpoints
-from tests.datasets import made_video, make_dataset
 from tests.material import REPOSITORY
 from tests.pipelines.test_training import assert_same
-from tests.runs import run_job, start_job
+from tests.runs import ONE_THREAD, run_job, start_job
+from tests.trainings import make_people, train_smoke
 
 GOLDEN = REPOSITORY / "tests" / "assets" / "train_aligner_smoke.json"
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
-def make_people(output: Path) -> None:
-    """Four drawn people of one video each, two of them for training."""
-    make_dataset(
-        str(output),
-        [
-            made_video(f"id{n:02d}", "v0", frames=6, split="train" if n < 2 else "test")
-            for n in range(4)
-        ],
-    )
+@pytest.fixture
+def dataset(people: Path) -> Path:
+    return people
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("people") / "data"
-    make_people(path)
-    return path
-
-
-def train(folder: Path, dataset: Path, *flags: str, name: str = "out") -> tuple[int, str]:
-    return run_job(
-        "train_aligner", "smoke", f"--dataset={dataset}", f"--output={folder / name}", *flags,
-        folder=folder, extra=ONE_THREAD,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder of a whole run, and what it printed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    code, text = train(folder, dataset)
-    assert code == 0, text
-    return folder, text
+@pytest.fixture
+def undisturbed(smoke_training: tuple[Path, str]) -> tuple[Path, str]:
+    return smoke_training
 
 
 def history(folder: Path, name: str) -> list[tuple[int, float]]:
@@ -106,11 +81,11 @@ def test_everything_is_where_the_summary_says(undisturbed: tuple[Path, str]) -> 
 def test_the_same_command_again_and_another(undisturbed: tuple[Path, str], dataset: Path) -> None:
     folder, _ = undisturbed
     before = (folder / "out" / "bundle" / "model.safetensors").read_bytes()
-    code, text = train(folder, dataset)
+    code, text = train_smoke(folder, dataset)
     assert code == 0, text
     assert "nothing to do" in text
     assert (folder / "out" / "bundle" / "model.safetensors").read_bytes() == before
-    code, text = train(folder, dataset, "--learner.lr=0.001")
+    code, text = train_smoke(folder, dataset, "--learner.lr=0.001")
     assert code == 2
     assert "learner.lr was 0.0001, now 0.001" in " ".join(text.split())
 
@@ -148,7 +123,7 @@ def test_killed_and_rerun_ends_with_the_same_numbers(
     os.killpg(job.pid, signal.SIGKILL)
     assert job.wait() == -signal.SIGKILL
     assert checkpoints.samples_of(checkpoints.newest(str(tmp_path / "out"))) in (10, 20)
-    code, text = train(tmp_path, dataset, "--training.checkpoint-every=10")
+    code, text = train_smoke(tmp_path, dataset, "--training.checkpoint-every=10")
     assert code == 0, text
     assert "going on from" in text
     assert_same(undisturbed[0] / "out", tmp_path / "out")
@@ -218,7 +193,7 @@ def test_paper_is_the_supplement() -> None:
 def write_golden(folder: Path) -> dict[str, Any]:
     """The numbers of a run of the smoke preset on this machine."""
     make_people(folder / "data")
-    code, text = train(folder, folder / "data")
+    code, text = train_smoke(folder, folder / "data")
     assert code == 0, text
     return {name: [value for _, value in history(folder, name)] for name in LOSSES}
 
