@@ -225,6 +225,8 @@ class Tracker:
         store: where to.
         retry_seconds: between attempts while the store does not answer.
         """
+        import mlflow  # noqa: F401  # not first in the thread: a loader forked meanwhile would inherit half an import
+
         self.folder = storage.join(output, FOLDER)
         self.store = store
         self.retry_seconds = retry_seconds
