@@ -32,7 +32,8 @@ from pipelines.download import DownloadConfig, manners_towards
 from pipelines.forecast import Forecast, Range
 from pipelines.limiter import find_pauses
 from pipelines.listing import shown
-from pipelines.preprocess import NothingUsableError, Outcome, PreprocessConfig
+from pipelines.output import NothingUsableError, OutputLock
+from pipelines.preprocess import Outcome, PreprocessConfig
 from pipelines.progress import Progress
 from pipelines.schema import Video
 from pipelines.shards import ShardsConfig
@@ -78,7 +79,7 @@ def make(config: PreprocessConfig) -> None:
     """Check everything, lock the output, record, and make the dataset or the rows of one stage."""
     preprocess.check(config)
     videos = preprocess.open_list(config)
-    with preprocess.OutputLock(config.output):
+    with OutputLock(config.output):
         flat = runtime.record(config, config.output)
         if config.stop_after:
             save_rows(config, videos)
@@ -275,7 +276,7 @@ def show_replay(config: PreprocessConfig) -> None:
     """Run one stage on saved rows and print what it changed, video by video."""
     preprocess.check_weights(config)
     keys = replay.saved_keys(config)
-    with preprocess.OutputLock(config.output):
+    with OutputLock(config.output):
         runtime.connect(config.minimum_cpus)
         show_changes(config, keys)
 

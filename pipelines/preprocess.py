@@ -14,9 +14,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
-import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +22,6 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -43,8 +39,9 @@ from pipelines import (
     tracks,
     voxceleb,
 )
+from pipelines.output import ConfigError, NothingUsableError, flatten, require_same_recipe
 from pipelines.progress import Progress
-from pipelines.schema import SCHEMA_VERSION, Video, batched, one_line, to_row
+from pipelines.schema import SCHEMA_VERSION, Video, batched, to_row
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -67,14 +64,6 @@ OPERATIONAL = (
     "tracks.decoder.videos_per_child",
 )
 """Fields that change how a run goes but not what it makes; neither does any ``resources``."""
-
-
-class ConfigError(ValueError):
-    """The arguments contradict themselves, the output, or another run: one line, exit code 2."""
-
-
-class NothingUsableError(RuntimeError):
-    """Nothing can be published: one line that says why, exit code 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,19 +152,11 @@ class PreprocessConfig:
     def recipe(self) -> dict[str, Any]:
         """The part of the configuration that decides what the dataset contains, flat."""
         flat = {}
-        for name, value in _flat(download.public(dataclasses.asdict(self)), ""):
+        for name, value in flatten(download.public(dataclasses.asdict(self))).items():
             operational = name in OPERATIONAL or ".resources." in name
             if not operational and name not in download.OPERATIONAL:
                 flat[name] = value
         return flat
-
-
-def _flat(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,15 +179,7 @@ def check(config: PreprocessConfig) -> None:
         ConfigError: the output holds something else, or a dataset of another recipe.
         models.frozen.weights.WeightsError: a network's file is missing or damaged.
     """
-    try:
-        _check_output(config)
-    except ConfigError:
-        raise
-    except (
-        Exception
-    ) as error:  # every kind of storage has its own kinds; to the user they all say this
-        reason = f"{type(error).__name__}: {one_line(str(error), 200)}"
-        raise ConfigError(f"--output {config.output}: cannot be used: {reason}") from error
+    require_same_recipe(config.output, config.recipe)
     check_weights(config)
 
 
@@ -219,38 +192,6 @@ def check_weights(config: PreprocessConfig) -> None:
         *annotate.weight_names(config.annotate),
     ):
         weights.find(name)
-
-
-def _check_output(config: PreprocessConfig) -> None:
-    uri = storage.join(config.output, "config.json")
-    try:
-        before = json.loads(storage.read_bytes(uri))["config"]
-    except FileNotFoundError:
-        if [name for name in storage.names_below(config.output) if not name.startswith("work/")]:
-            raise ConfigError(
-                f"--output {config.output}: holds files but no HeadRay config.json; give an empty folder"
-            ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{uri}: not a configuration of HeadRay ({error})") from None
-    else:
-        old = {
-            name: value
-            for name, value in _flat(before, "")
-            if name in config.recipe or not name.startswith(OPERATIONAL)
-        }
-        differs = [
-            f"{name} was {old.get(name)!r}, now {value!r}"
-            for name, value in config.recipe.items()
-            if old.get(name) != value
-        ]
-        if differs:
-            raise ConfigError(
-                f"--output {config.output}: begun with another configuration ({'; '.join(differs)}); "
-                "use those values again or another --output"
-            )
-    probe = storage.join(config.output, shards.WORK, "write-test")
-    storage.write_atomic(probe, b"ok")
-    storage.remove(probe)
 
 
 def open_list(config: PreprocessConfig) -> Iterator[Video]:
@@ -268,64 +209,6 @@ def open_list(config: PreprocessConfig) -> Iterator[Video]:
     if config.download.from_downloads:
         videos = archive.take_from(config.download.from_downloads, videos)
     return videos
-
-
-@dataclass
-class OutputLock:
-    """Keeps two runs from writing one output. A run that was killed loses it at once on its own machine."""
-
-    output: str
-    stale_seconds: float = 120.0
-
-    def __post_init__(self) -> None:
-        self.uri = storage.join(self.output, shards.WORK, "lock.json")
-        self._stop = threading.Event()
-        self._beat = threading.Thread(target=self._keep, daemon=True)
-
-    def __enter__(self) -> OutputLock:
-        if not storage.create(self.uri, self._content()):
-            owner = self._owner()
-            if owner and self._alive(owner):
-                raise ConfigError(
-                    f"--output {self.output}: another run (host {owner['host']}, process {owner['pid']}) "
-                    "is writing there; wait for it or stop it"
-                )
-            storage.write_atomic(self.uri, self._content())
-        self._beat.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._beat.join()
-        storage.remove(self.uri)
-
-    def _content(self) -> bytes:
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        return json.dumps(owner).encode()
-
-    def _owner(self) -> dict[str, Any]:
-        """Whoever holds the lock; empty when it was killed while it wrote its name."""
-        for _ in range(2):
-            try:
-                owner: dict[str, Any] = json.loads(storage.read_bytes(self.uri))
-            except (ValueError, FileNotFoundError):
-                time.sleep(0.5)  # it may be writing just now
-            else:
-                return owner
-        return {}
-
-    def _alive(self, owner: Mapping[str, Any]) -> bool:
-        if owner["host"] == socket.gethostname():
-            try:
-                started = psutil.Process(owner["pid"]).create_time()
-            except psutil.NoSuchProcess:
-                return False
-            return owner["pid"] != os.getpid() and started < owner["time"]
-        return time.time() - owner["time"] < self.stale_seconds
-
-    def _keep(self) -> None:
-        while not self._stop.wait(self.stale_seconds / 6):
-            storage.write_atomic(self.uri, self._content())
 
 
 def build_plan(videos: Iterable[Video], config: PreprocessConfig) -> Dataset:

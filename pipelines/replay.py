@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import shards, storage
+from pipelines.output import ConfigError
 from pipelines.preprocess import (
-    ConfigError,
     PreprocessConfig,
     configure_ray_data,
     prepare,
@@ -141,7 +141,7 @@ def stop_after(config: PreprocessConfig, videos: Iterable[Video], progress: Prog
     replaced; commits are neither read nor written.
 
     Raises:
-        pipelines.preprocess.NothingUsableError: the canary failed.
+        pipelines.output.NothingUsableError: the canary failed.
     """
     import ray.data
 

@@ -732,8 +732,8 @@ def write_index_tables(tables: Iterable[pa.Table], output: str) -> dict[str, Any
         return {"file": INDEX, "bytes": local.stat().st_size, "sha256": sha256}
 
 
-def read_index(output: str) -> pa.Table:
-    """The index of a published dataset, checked against the manifest. Raises :class:`DatasetError`."""
+def read_index(output: str, columns: list[str] | None = None) -> pa.Table:
+    """The index of a published dataset, or some of its columns, checked against the manifest. Raises :class:`DatasetError`."""
     wanted = read_manifest(output)["index"]
     uri = storage.join(output, wanted["file"])
     try:
@@ -742,7 +742,7 @@ def read_index(output: str) -> pa.Table:
         raise DatasetError(f"{uri}: missing") from None
     if hashlib.sha256(content).hexdigest() != wanted["sha256"]:
         raise DatasetError(f"{uri}: sha256 differs from {MANIFEST}")
-    return pq.read_table(io.BytesIO(content))
+    return pq.read_table(io.BytesIO(content), columns=columns)
 
 
 def index_rows(output: str, keys: Iterable[str]) -> list[dict[str, Any]]:

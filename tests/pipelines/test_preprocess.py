@@ -16,7 +16,8 @@ from pipelines import identities, preprocess, quality, shards, storage
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig
 from pipelines.identities import IdentitiesConfig
-from pipelines.preprocess import ConfigError, PreprocessConfig
+from pipelines.output import ConfigError
+from pipelines.preprocess import PreprocessConfig
 from pipelines.progress import Progress
 from pipelines.schema import Cause, Track, Video, reject
 from pipelines.tracks import TracksConfig
