@@ -289,6 +289,7 @@ def job() -> None:
             f"--input={folder / 'list'}",
             f"--output={dataset}",
             f"--download.url-template={url}/{{video}}.mp4",
+            "--identities.min-twin-cosine=1",  # all its people are one portrait
         )
     if code:
         raise SystemExit(code)

@@ -28,7 +28,14 @@ from pipelines.voxceleb import ListError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DONE, FAULT, USAGE, NOTHING = 0, 1, 2, 3
-USER_ERRORS = (ConfigError, DatasetError, ListError, TrackingError, WeightsError)
+USER_ERRORS = (
+    ConfigError,
+    DatasetError,
+    ListError,
+    storage.PlaceError,
+    TrackingError,
+    WeightsError,
+)
 
 Config = TypeVar("Config")
 console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -78,7 +85,10 @@ def main(job: Callable[[], None]) -> None:
     try:
         job()
     except USER_ERRORS as error:
-        usage(str(error))
+        original = getattr(
+            error, "cause", error
+        )  # of an error in a worker, to which Ray adds lines
+        usage(str(original).splitlines()[0])
     except NothingUsableError as error:
         Console(stderr=True, soft_wrap=True, markup=False).print(f"nothing usable: {error}")
         raise SystemExit(NOTHING) from None
@@ -157,7 +167,8 @@ def connect(minimum_cpus: float) -> None:
     """Join the cluster that ``RAY_ADDRESS`` names, else start a private one on this machine.
 
     Args:
-        minimum_cpus: logical CPUs that the plan needs to run at all; a smaller machine is told it has that many.
+        minimum_cpus: logical CPUs that the plan needs to run at all. A private cluster is told that it has as many more
+            as the machine has cores: most pools wait most of the time, and the slowest must be able to use every core.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -191,7 +202,7 @@ def connect(minimum_cpus: float) -> None:
     else:
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, int(minimum_cpus + 0.999)),
+            num_cpus=(os.cpu_count() or 1) + int(minimum_cpus + 0.999) - 1,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -26,13 +26,15 @@ class Spectral(_SpectralNorm):
 
     def forward(self, weight: Tensor) -> Tensor:
         """A weight of any shape to the same weight with largest singular value 1, rows being output channels."""
-        normalised: Tensor
-        if weight.is_meta:  # counting and shapes; autocast does not know this device
-            normalised = super().forward(weight)
-            return normalised
+        if weight.is_meta:  # counts and shapes; autocast does not know this device
+            return weight
         with torch.autocast(weight.device.type, enabled=False):
-            normalised = super().forward(weight)
+            normalised: Tensor = super().forward(weight)
         return normalised
+
+    def _power_method(self, weight_mat: Tensor, n_power_iterations: int) -> None:
+        if not weight_mat.is_meta:
+            super()._power_method(weight_mat, n_power_iterations)
 
 
 def spectral(module: Module, eps: float = LPD_EPS) -> Module:

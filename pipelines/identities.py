@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import cv2
 import numpy as np
@@ -58,6 +57,8 @@ SAME_PERSON: dict[EmbedderName, float] = {
 STRICTNESS = {"": -1, "train": 0, "val": 1, "test": 2}
 """Who gives way when one person or video is on two sides: the side that is trained on."""
 
+IDENTITIES_AT_ONCE = 1000
+"""Rows of the table of cosines between identities that are held in memory."""
 CROPS_AT_ONCE = 64
 """Decoded crops held in memory."""
 MAX_CENTRES = 512
@@ -81,6 +82,9 @@ class IdentitiesConfig:
     """Fewest frames that must agree."""
     min_video_cosine: float = 0.0
     """Tracks below this cosine to the identity's other videos are rejected; 0: the embedder's own threshold."""
+    min_twin_cosine: float = 0.0
+    """Two identities whose means are at least this alike count as one person under two names: both stay, but on one side
+    of the split. 0: halfway between the embedder's own threshold and 1; 1: never."""
     min_identity_videos: int = 1
     """Fewest videos of an identity."""
     min_identity_frames: int = 9
@@ -94,6 +98,8 @@ class IdentitiesConfig:
         for name in ("min_frame_cosine", "min_video_cosine"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a cosine from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.min_twin_cosine <= 1:
+            raise ValueError(f"min_twin_cosine is a cosine from 0 to 1, got {self.min_twin_cosine}")
         if not 0.5 < self.min_majority <= 1:
             raise ValueError(f"min_majority must be above 0.5, at most 1, got {self.min_majority}")
         if not 0 <= self.test_share < 1:
@@ -111,6 +117,11 @@ class IdentitiesConfig:
     def video_threshold(self) -> float:
         """``min_video_cosine`` or the embedder's own."""
         return self.min_video_cosine or SAME_PERSON[self.embedder]
+
+    @property
+    def twin_threshold(self) -> float:
+        """``min_twin_cosine`` or halfway between the embedder's own threshold and 1."""
+        return self.min_twin_cosine or (1 + SAME_PERSON[self.embedder]) / 2
 
 
 def weight_names(config: IdentitiesConfig) -> tuple[str, ...]:
@@ -253,7 +264,7 @@ def embed(
 # ---------------------------------------------------------------------------------------------- all tracks
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Candidate:
     """What is known of one finished track when the dataset is put together."""
 
@@ -261,8 +272,9 @@ class Candidate:
     """Of the sample."""
     identity: str
     video: str
-    sources: tuple[str, ...]
-    """What would tell that two identities list one video: its URL or path, and the sha256 of its file."""
+    sources: tuple[Hashable, ...]
+    """What would tell that two identities list one video: its URL or path, and the sha256 of its file, or hashes of
+    these; false where it is not known."""
     frames: int
     split: str
     """Official split of the list, or empty."""
@@ -298,19 +310,16 @@ Reasons = dict[str, tuple[Cause, str]]
 def decide(candidates: Iterable[Candidate], config: IdentitiesConfig) -> dict[str, Decision]:
     """Decide for every track of a dataset; the order of the candidates does not matter.
 
-    First the tracks that look unlike their identity's other videos go, then identities that are too small, then what
-    would put one video on two sides of the split, then identities that this made too small.
+    First the tracks that look unlike their identity's other videos go, then :func:`settle`.
 
     Returns:
         a decision for the key of each candidate.
     """
     everyone = sorted(candidates, key=lambda track: (track.identity, track.video, track.key))
     gone = strangers(everyone, config.video_threshold)
-    gone |= too_small(_without(everyone, gone), config)
-    staying = _without(everyone, gone)
-    splits = split_identities(staying, config.test_share)
-    gone |= leaks(staying, splits)
-    gone |= too_small(_without(everyone, gone), config)
+    people = itertools.groupby(Without(everyone, gone), lambda track: track.identity)
+    twins = find_twins({name: mean(tracks) for name, tracks in people}, config.twin_threshold)
+    splits, gone = settle(everyone, gone, twins, config)
     decisions = {}
     for track in everyone:
         if track.key in gone:
@@ -322,8 +331,47 @@ def decide(candidates: Iterable[Candidate], config: IdentitiesConfig) -> dict[st
     return decisions
 
 
-def _without(tracks: list[Candidate], gone: Reasons) -> list[Candidate]:
-    return [track for track in tracks if track.key not in gone]
+def settle(
+    tracks: Tracks, gone: Reasons, twins: Iterable[Twins], config: IdentitiesConfig
+) -> tuple[dict[str, str], Reasons]:
+    """What is decided over all identities, without a look at a vector.
+
+    Identities that are too small go, then what would put one video or one person on two sides of the split, then
+    identities that this made too small.
+
+    Args:
+        tracks: sorted by identity; gone through several times, never held.
+        gone: those of them that do not stay already.
+        twins: of :func:`find_twins`.
+        config: of the stage.
+
+    Returns:
+        the split of every identity that had a track left before the last two steps, and ``gone`` with what went here.
+    """
+    gone = dict(gone)
+    gone |= too_small(Without(tracks, gone), config)
+    staying = Without(tracks, gone)
+    splits = split_identities(staying, config.test_share, twins)
+    gone |= twin_leaks(staying, splits, twins) | leaks(staying, splits)
+    gone |= too_small(Without(tracks, gone), config)
+    return splits, gone
+
+
+class Tracks(Protocol):
+    """Candidates that can be gone through again and again: a list, or a table that makes them anew."""
+
+    def __iter__(self) -> Iterator[Candidate]: ...
+
+
+@dataclass(frozen=True)
+class Without:
+    """Tracks without some of them."""
+
+    tracks: Tracks
+    gone: Reasons
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return (track for track in self.tracks if track.key not in self.gone)
 
 
 def strangers(tracks: list[Candidate], threshold: float) -> Reasons:
@@ -376,30 +424,70 @@ def compare_videos(
     return cosines, num_others
 
 
-def too_small(tracks: list[Candidate], config: IdentitiesConfig) -> Reasons:
-    """All tracks of identities with too few videos or frames."""
-    frames: Counter[str] = Counter()
-    videos = defaultdict(set)
-    for track in tracks:
-        frames[track.identity] += track.frames
-        videos[track.identity].add(track.video)
+def too_small(tracks: Tracks, config: IdentitiesConfig) -> Reasons:
+    """All tracks of identities with too few videos or frames; ``tracks`` are sorted by identity."""
     gone: Reasons = {}
-    for track in tracks:
-        num_videos, num_frames = len(videos[track.identity]), frames[track.identity]
+    for identity, group in itertools.groupby(tracks, lambda track: track.identity):
+        people = list(group)
+        num_videos = len({track.video for track in people})
+        num_frames = sum(track.frames for track in people)
         if num_videos < config.min_identity_videos:
-            detail = f"{track.identity} has {num_videos} videos, needs {config.min_identity_videos}"
-            gone[track.key] = (Cause.IDENTITY_FEW_VIDEOS, detail)
+            detail = f"{identity} has {num_videos} videos, needs {config.min_identity_videos}"
+            reason = Cause.IDENTITY_FEW_VIDEOS, detail
         elif num_frames < config.min_identity_frames:
-            detail = f"{track.identity} has {num_frames} frames, needs {config.min_identity_frames}"
-            gone[track.key] = (Cause.IDENTITY_FEW_FRAMES, detail)
+            detail = f"{identity} has {num_frames} frames, needs {config.min_identity_frames}"
+            reason = Cause.IDENTITY_FEW_FRAMES, detail
+        else:
+            continue
+        gone |= dict.fromkeys((track.key for track in people), reason)
     return gone
 
 
-def split_identities(tracks: list[Candidate], test_share: float) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Twins:
+    """Two identities that look like one person."""
+
+    one: str
+    other: str
+    """Later in the alphabet than ``one``."""
+    cosine: float
+    """Of their means."""
+
+
+def mean(tracks: Iterable[Candidate]) -> Vectors:
+    """(d,) unit mean over all frames of tracks of one identity, at least one."""
+    vectors = [track.frames * np.asarray(track.embedding, np.float64) for track in tracks]
+    return unit(np.sum(vectors, axis=0))
+
+
+def find_twins(means: Mapping[str, Vectors], threshold: float) -> list[Twins]:
+    """Pairs of identities whose means have at least this cosine, sorted by name.
+
+    Args:
+        means: of every identity, :func:`mean`.
+        threshold: least cosine; from 1 on there are none.
+    """
+    names = sorted(means)
+    if len(names) < 2 or threshold >= 1:
+        return []
+    table = np.stack([means[name] for name in names])
+    found = []
+    for start in range(0, len(names), IDENTITIES_AT_ONCE):
+        cosines = np.round(table[start : start + IDENTITIES_AT_ONCE] @ table.T, DECIMALS)
+        for row, column in np.argwhere(cosines >= threshold).tolist():
+            if start + row < column:
+                one, other = names[start + row], names[column]
+                found.append(Twins(one=one, other=other, cosine=float(cosines[row, column])))
+    return found
+
+
+def split_identities(
+    tracks: Tracks, test_share: float, twins: Iterable[Twins] = ()
+) -> dict[str, str]:
     """The split of each identity: the list's (of several the one that is tested on), else by hash.
 
-    Identities without an official split that share a video, directly or through others, are hashed as one, by the
-    first of their names.
+    Identities without an official split that share a video or look like one person, directly or through others, are
+    hashed as one, by the first of their names.
     """
     splits: dict[str, str] = {}
     for track in tracks:
@@ -413,7 +501,7 @@ def split_identities(tracks: list[Candidate], test_share: float) -> dict[str, st
             leader[name] = name = leader[leader[name]]
         return name
 
-    listed_by: dict[str, str] = {}
+    listed_by: dict[Hashable, str] = {}
     for track in tracks:
         if track.identity in leader:
             for source in filter(None, track.sources):
@@ -422,6 +510,10 @@ def split_identities(tracks: list[Candidate], test_share: float) -> dict[str, st
                     find(listed_by.setdefault(source, track.identity)),
                 )
                 leader[max(one, other)] = min(one, other)
+    for pair in twins:
+        if pair.one in leader and pair.other in leader:
+            one, other = find(pair.one), find(pair.other)
+            leader[max(one, other)] = min(one, other)
     for name in leader:
         splits[name] = "test" if hash_share(find(name)) < test_share else "train"
     return splits
@@ -432,7 +524,7 @@ def hash_share(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
-def leaks(tracks: list[Candidate], splits: dict[str, str]) -> Reasons:
+def leaks(tracks: Tracks, splits: dict[str, str]) -> Reasons:
     """Tracks that would let the training see what is tested on.
 
     Those are tracks that the list puts in another split than their identity, and tracks of a video that a stricter split
@@ -444,18 +536,39 @@ def leaks(tracks: list[Candidate], splits: dict[str, str]) -> Reasons:
         if track.split and track.split != split:
             detail = f"listed for {track.split}, but {track.identity} is also listed for {split}"
             gone[track.key] = (Cause.IDENTITY_SPLIT_LEAK, detail)
-    left = _without(tracks, gone)
-    strictest: dict[str, str] = {}
+    left = Without(tracks, gone)
+    # without the many that are trained on: nothing gives way to them
+    strictest: dict[Hashable, str] = {}
     for track in left:
-        for source in filter(None, track.sources):
-            held = strictest.setdefault(source, track.identity)
-            if STRICTNESS[splits[track.identity]] > STRICTNESS[splits[held]]:
-                strictest[source] = track.identity
+        if STRICTNESS[splits[track.identity]] > STRICTNESS["train"]:
+            for source in filter(None, track.sources):
+                held = strictest.setdefault(source, track.identity)
+                if STRICTNESS[splits[track.identity]] > STRICTNESS[splits[held]]:
+                    strictest[source] = track.identity
     for track in left:
-        for held in (strictest[source] for source in track.sources if source):
+        for held in (strictest[source] for source in track.sources if source in strictest):
             if STRICTNESS[splits[held]] > STRICTNESS[splits[track.identity]]:
                 detail = f"the same video is in {splits[held]} as {held}"
                 gone[track.key] = (Cause.IDENTITY_SPLIT_LEAK, detail)
+    return gone
+
+
+def twin_leaks(tracks: Tracks, splits: dict[str, str], twins: Iterable[Twins]) -> Reasons:
+    """Tracks of identities that look like one of a stricter split."""
+    stricter: dict[str, Twins] = {}
+    for pair in twins:
+        if pair.one not in splits or pair.other not in splits:
+            continue
+        lax, strict = sorted((pair.one, pair.other), key=lambda name: STRICTNESS[splits[name]])
+        if splits[lax] != splits[strict]:
+            stricter.setdefault(lax, pair)
+    gone: Reasons = {}
+    for track in tracks:
+        if track.identity in stricter:
+            pair = stricter[track.identity]
+            held = pair.other if track.identity == pair.one else pair.one
+            detail = f"looks like {held} of {splits[held]}, cosine {pair.cosine:.3f}"
+            gone[track.key] = (Cause.IDENTITY_SPLIT_LEAK, detail)
     return gone
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from models.frozen import weights
@@ -54,6 +56,7 @@ OPERATIONAL = (
     "output",
     "keep_work",
     "window",
+    "videos_per_block",
     "max_attempts",
     "plan",
     "plan_videos",
@@ -102,6 +105,9 @@ class PreprocessConfig:
     """Keep OUTPUT/work (downloads and one part per video) after publication; needed to add videos later."""
     window: int = 2000
     """Videos per Ray Data plan, at most 5000: bounds the memory of driver and object store for any list."""
+    videos_per_block: int = 1
+    """Videos that travel together from stage to stage. 1 where a video takes seconds; 10 to 50 for lists of short clips,
+    or whose videos are mostly gone: a block costs the driver 30 ms, which is then the bottleneck."""
     max_attempts: int = 3
     """Runs that try a video whose failure may pass (rate limits, network) before it is left as failed."""
     plan: bool = False
@@ -118,6 +124,8 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.window <= 5000:
             raise ValueError(f"window must be between 1 and 5000 videos, got {self.window}")
+        if self.videos_per_block < 1:
+            raise ValueError(f"videos_per_block must be at least 1, got {self.videos_per_block}")
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts must be at least 1, got {self.max_attempts}")
         if self.plan_videos < 1:
@@ -328,7 +336,8 @@ def build_plan(videos: Iterable[Video], config: PreprocessConfig) -> Dataset:
     import ray.data
 
     rows = [to_row(video) for video in videos]
-    dataset: Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    num_blocks = -(-len(rows) // config.videos_per_block)
+    dataset: Dataset = ray.data.from_items(rows, override_num_blocks=num_blocks)
     for add in stage_adders(config).values():
         dataset = add(dataset)
     return shards.add_commits(dataset, config.output, describe_windows(config), config.shards)
@@ -420,8 +429,12 @@ def configure_ray_data(config: PreprocessConfig) -> None:
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for name in ("exceptions", "_internal.execution.streaming_executor_state"):
+        # they print what is raised as well; who catches it tells it once
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 64 * 2**20
+    context.raise_original_map_exception = True  # so that a PlaceError arrives here as one
     patience = download.manners_towards("", config.download).patience_seconds
     deadlines = 3 * config.download.deadline_seconds
     context.execution_no_progress_timeout_s = max(1800, int(deadlines + patience))
@@ -522,69 +535,43 @@ def publish(
         done, failed = shards.committed(output)
         if before["list_sha256"] == list_sha256 and not done and not failed:
             return before, 0
-    keys = sorted(set(keys))
-    candidates = []
-    slices = {}
-    retryable = 0
-    for commit in shards.load_commits(output, keys):
-        video = commit.video
-        retryable += video.state == "failed" and video.attempts < config.max_attempts
-        for track in video.tracks:
-            key = video.track_key(track)
-            if key in commit.slices:
-                offset, length = commit.slices[key]
-                slices[key] = shards.Slice(
-                    key=key, part=video.key, sha256=commit.tar_sha256, offset=offset, length=length
-                )
-                candidates.append(
-                    identities.Candidate(
-                        key=key,
-                        identity=video.identity,
-                        video=video.video,
-                        sources=(video.url or video.path, video.sha256),
-                        frames=commit.frames[key],
-                        split=video.split,
-                        embedding=track.embedding,
-                        window_side=track.scores["window_side"],
-                        hash_marks=quality.hash_marks(track.hashes),
-                        hashes=quality.hash_bytes(track.hashes),
-                    )
-                )
-    decisions = decide(candidates, config)
-    kept = [
-        (decisions[item.key].split, item.identity, slices[item.key])
-        for item in candidates
-        if not decisions[item.key].cause
-    ]
-    plans, buckets = shards.plan_shards(kept, config.shards.target_mb, before.get("buckets", {}))
+    samples, copies, means = gather(shards.load_commits(output, dict.fromkeys(keys)), config)
+    twins = identities.find_twins(means, config.identities.twin_threshold)
+    splits, gone = identities.settle(samples, copies, twins, config.identities)
+    plans, buckets = shards.plan_shards(
+        samples.kept(splits, gone), config.shards.target_mb, before.get("buckets", {})
+    )
     records = []
     for record in shards.pack_all(plans, output, config.shards):
         records.append(record)
         progress.packed(len(records), len(plans))
+    records.sort(key=lambda record: record["name"])
     tally = Tally()
-    told = {
-        key: (decision.split, decision.cause, decision.detail)
-        for key, decision in decisions.items()
-    }
-    shards.write_ledger(
-        (
-            tally.see(row)
-            for commit in shards.load_commits(output, keys)
-            for row in shards.ledger_rows(commit, told)
-        ),
-        output,
-    )
+    retryable = 0
+
+    def ledger() -> Iterator[dict[str, Any]]:
+        nonlocal retryable
+        for commit in shards.load_commits(output, sorted(set(keys))):
+            video = commit.video
+            retryable += video.state == "failed" and video.attempts < config.max_attempts
+            for row in shards.ledger_rows(commit, decisions(commit, splits, gone)):
+                yield tally.see(row)
+
+    shards.write_ledger(ledger(), output)
     listing = [
         {
             "name": record["name"],
             "split": record["split"],
             "bytes": record["bytes"],
             "sha256": record["sha256"],
-            "samples": len(record["samples"]),
+            "samples": record["samples"],
         }
-        for record in sorted(records, key=lambda record: record["name"])
+        for record in records
     ]
     changed = before.get("shards") != listing
+    indexed = (
+        shards.index_table(shards.packed_record(record["digest"], output)) for record in records
+    )
     manifest = {
         "format": "headray",
         "schema_version": SCHEMA_VERSION,
@@ -594,12 +581,17 @@ def publish(
         "counts": tally.counts(),
         "splits": tally.splits(),
         "members": describe_windows(config) | identities.describe(config.identities),
+        "twins": [
+            [pair.one, pair.other, pair.cosine]
+            for pair in twins
+            if pair.one in splits and pair.other in splits
+        ],
         "buckets": buckets,
         "shards": listing,
-        "index": shards.write_index(records, output) if records else {},
+        "index": shards.write_index_tables(indexed, output) if records else {},
         "tools": tool_versions(),
     }
-    report.write(output, manifest, records)
+    report.write(output, manifest)
     if not records:
         causes = manifest["counts"]["causes"]["videos"]
         reasons = ", ".join(f"{count} × {cause}" for cause, count in causes.items())
@@ -614,17 +606,148 @@ def publish(
     return manifest, retryable
 
 
-def decide(
-    candidates: list[identities.Candidate], config: PreprocessConfig
-) -> dict[str, identities.Decision]:
-    """Which tracks are published in which split, by key: copies go first, so that they count for nothing else."""
-    copies = quality.find_duplicates(candidates, config.quality)
-    single = [item for item in candidates if item.key not in copies]
-    decisions = identities.decide(single, config.identities)
-    splits = {item.key: item.split for item in candidates}
-    for key, (cause, detail) in copies.items():
-        decisions[key] = identities.Decision(split=splits[key], cause=cause.value, detail=detail)
-    return decisions
+SAMPLE_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("key", "identity", "video", "split", "sha256")),
+        *((name, pa.uint64()) for name in ("address", "content")),
+        *((name, pa.int64()) for name in ("frames", "offset", "length")),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What publication keeps in mind of every sample that may be published: a table, without vectors and hashes.
+
+    Objects of Python take twenty times as much, 14 KB a sample (benchmarks/README.md).
+    """
+
+    table: pa.Table
+    """Of :data:`SAMPLE_SCHEMA`, sorted by identity. ``address`` and ``content`` stand for the video's URL and sha256."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Rows of the table, one after the other."""
+        for batch in self.table.to_batches(max_chunksize=1024):
+            yield from batch.to_pylist()
+
+    def __iter__(self) -> Iterator[identities.Candidate]:
+        """Candidates without vectors."""
+        for row in self.rows():
+            yield identities.Candidate(
+                key=row["key"],
+                identity=row["identity"],
+                video=row["video"],
+                sources=(row["address"], row["content"]),
+                frames=row["frames"],
+                split=row["split"],
+                embedding=(),
+            )
+
+    def kept(
+        self, splits: Mapping[str, str], gone: identities.Reasons
+    ) -> Iterator[tuple[str, str, shards.Slice]]:
+        """(split, identity, where it lies) of the samples that are not gone."""
+        for row in self.rows():
+            if row["key"] not in gone:
+                part = f"{row['identity']}-{row['video']}"
+                place = {name: row[name] for name in ("key", "sha256", "offset", "length")}
+                yield splits[row["identity"]], row["identity"], shards.Slice(part=part, **place)
+
+
+def gather(
+    commits: Iterable[shards.Commit], config: PreprocessConfig
+) -> tuple[Samples, identities.Reasons, dict[str, identities.Vectors]]:
+    """Go through all commits once, one identity at a time, and compare its tracks with each other.
+
+    Args:
+        commits: in the order of the list, which is by identity.
+        config: of the run.
+
+    Returns:
+        all samples, and why some of them do not stay: copies first, so that they count for nothing else, then tracks that
+        look unlike their identity's other videos; and the mean of each identity's others.
+    """
+    gone: identities.Reasons = {}
+    means: dict[str, identities.Vectors] = {}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        last = ""
+        for identity, group in itertools.groupby(commits, lambda commit: commit.video.identity):
+            assert identity > last, f"the list is not sorted: {identity} after {last}"
+            last = identity
+            people = []
+            for commit in group:
+                for candidate in candidates_of(commit):
+                    people.append(candidate)
+                    yield sample_row(commit, candidate)
+            copies = quality.find_duplicates(people, config.quality)
+            single = [track for track in people if track.key not in copies]
+            single.sort(key=lambda track: (track.video, track.key))
+            gone.update(copies)
+            gone.update(identities.strangers(single, config.identities.video_threshold))
+            if staying := [track for track in single if track.key not in gone]:
+                means[identity] = identities.mean(staying)
+
+    batches = [
+        pa.RecordBatch.from_pylist(some, schema=SAMPLE_SCHEMA) for some in batched(rows(), 4096)
+    ]
+    return Samples(pa.Table.from_batches(batches, schema=SAMPLE_SCHEMA)), gone, means
+
+
+def candidates_of(commit: shards.Commit) -> Iterator[identities.Candidate]:
+    """What is compared of each sample of one video."""
+    video = commit.video
+    for track in video.tracks:
+        key = video.track_key(track)
+        if key in commit.slices:
+            yield identities.Candidate(
+                key=key,
+                identity=video.identity,
+                video=video.video,
+                sources=(short_hash(video.url or video.path), short_hash(video.sha256)),
+                frames=commit.frames[key],
+                split=video.split,
+                embedding=track.embedding,
+                window_side=track.scores["window_side"],
+                hash_marks=quality.hash_marks(track.hashes),
+                hashes=quality.hash_bytes(track.hashes),
+            )
+
+
+def short_hash(text: str) -> int:
+    """64 bits that stand for a text; 0 for none."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) if text else 0
+
+
+def sample_row(commit: shards.Commit, track: identities.Candidate) -> dict[str, Any]:
+    """A row of :data:`SAMPLE_SCHEMA`."""
+    offset, length = commit.slices[track.key]
+    address, content = track.sources
+    return {
+        "key": track.key,
+        "identity": track.identity,
+        "video": track.video,
+        "split": track.split,
+        "sha256": commit.tar_sha256,
+        "address": address,
+        "content": content,
+        "frames": track.frames,
+        "offset": offset,
+        "length": length,
+    }
+
+
+def decisions(
+    commit: shards.Commit, splits: Mapping[str, str], gone: identities.Reasons
+) -> dict[str, tuple[str, str, str]]:
+    """(split, cause, detail) of each sample of one video, by key; an empty cause: it is published."""
+    video = commit.video
+    told = {}
+    for key in commit.slices:
+        cause, detail = gone.get(key, ("", ""))
+        split = video.split if cause else splits[video.identity]
+        told[key] = (split, str(cause), detail)
+    return told
 
 
 class Tally:
@@ -635,7 +758,9 @@ class Tally:
         self.causes: dict[str, Counter[str]] = {"video": Counter(), "track": Counter()}
         self.dropped: Counter[str] = Counter()
         self.identities: set[str] = set()
-        self.by_split: dict[str, dict[str, set[str]]] = {}
+        self.by_split: dict[str, set[str]] = {}
+        """Identities published in each split."""
+        self.videos: Counter[str] = Counter()
         self.frames: Counter[str] = Counter()
         self.lost_frames = 0
         self.tracks: Counter[str] = Counter()
@@ -647,10 +772,10 @@ class Tally:
         self.identities.add(row["identity"])
         if row["state"] != "published":
             self.causes[kind][f"{row['stage']}: {row['cause']}"] += 1
-        elif kind == "track":
-            split = self.by_split.setdefault(row["split"], {"identities": set(), "videos": set()})
-            split["identities"].add(row["identity"])
-            split["videos"].add(f"{row['identity']}-{row['video']}")
+        elif kind == "video":
+            self.videos[row["split"]] += 1
+        else:
+            self.by_split.setdefault(row["split"], set()).add(row["identity"])
             self.tracks[row["split"]] += 1
             self.frames[row["split"]] += row["frames"]
         if kind == "track":
@@ -662,17 +787,17 @@ class Tally:
         """Identities, videos, tracks and frames published in each split."""
         return {
             split: {
-                "identities": len(sets["identities"]),
-                "videos": len(sets["videos"]),
+                "identities": len(people),
+                "videos": self.videos[split],
                 "tracks": self.tracks[split],
                 "frames": self.frames[split],
             }
-            for split, sets in sorted(self.by_split.items())
+            for split, people in sorted(self.by_split.items())
         }
 
     def counts(self) -> dict[str, Any]:
         """What went in, what came out, and why the rest did not."""
-        published = set().union(*(sets["identities"] for sets in self.by_split.values()), set())
+        published = set().union(*self.by_split.values())
         return {
             "identities": {"listed": len(self.identities), "published": len(published)},
             "videos": {"listed": self.states["video"].total(), **_sorted(self.states["video"])},

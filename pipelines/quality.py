@@ -77,7 +77,7 @@ OFFSET_SECONDS = 0.1
 PLACE_TOLERANCE = 0.015
 """How far the face of a copy may be from its place in the frame, as a share of width and height: a copy that was framed
 anew is not found. Two takes of a person who sits still have like windows; heads are where they were only in copies."""
-LEAST_SHARED = 8
+LEAST_SHARED = 12
 """Hashed windows of two clips that must lie over each other for the clips to be compared."""
 
 

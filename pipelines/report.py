@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -43,11 +43,10 @@ BINS = 30
 
 # fmt: off
 COLUMNS = [
-    "kind", "key", "identity", "split", "state", "stage", "cause", "detail", "frames", "dropped", "scores", "start",
-    "end", "seconds", "versions",
+    "kind", "key", "identity", "split", "state", "stage", "cause", "detail", "frames", "dropped", "start", "end",
 ]
 # fmt: on
-"""Of the ledger; its long texts are read on their own."""
+"""Of the ledger; its long columns are read one at a time, not to hold all of them."""
 
 GATES = (
     ("window_side", "Window side", "source pixels, median of a track", "crops.min_window"),
@@ -89,22 +88,16 @@ LABEL_RGB = {
 """Colour of each label of a window; the background has none."""
 
 
-def write(output: str, manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+def write(output: str, manifest: Mapping[str, Any]) -> None:
     """Make the page of a dataset that is being published.
 
     Args:
-        output: dataset URI; its ledger is written.
+        output: dataset URI; its ledger is written, and its shards and index where anything is published.
         manifest: as ``dataset.json`` will hold it.
-        records: of :func:`pipelines.shards.pack`, whose shards are written; empty when nothing is published.
     """
     ledger = shards.read_ledger(output, COLUMNS)
     chosen = choose(ledger)
-    samples = [
-        {**sample, "shard": record["name"], "split": record["split"]}
-        for record in records
-        for sample in record["samples"]
-        if sample["key"] in chosen
-    ]
+    samples = shards.index_rows(output, chosen) if manifest["shards"] else []
     _write_page(output, manifest, ledger, contact_sheets(output, samples, chosen))
 
 
@@ -116,10 +109,9 @@ def rebuild(output: str) -> None:
     """
     manifest = shards.read_manifest(output)
     ledger = shards.read_ledger(output, COLUMNS)
-    index = shards.read_index(output)
+    shards.read_index(output)  # whole, as the manifest says
     chosen = choose(ledger)
-    wanted = pa.array(sorted(chosen), pa.string())
-    samples = index.filter(pc.is_in(index["key"], wanted)).to_pylist()
+    samples = shards.index_rows(output, chosen)
     _write_page(output, manifest, ledger, contact_sheets(output, samples, chosen))
 
 
@@ -137,18 +129,20 @@ def _write_page(
     )
     environment.filters["thousands"] = lambda number: f"{number:,}"
     environment.filters["short"] = _short
+    read = partial(shards.read_ledger, output)
+    versions = _column(read(["kind", "versions"]), "versions")
     page = environment.get_template("report.html.jinja").render(
         manifest=manifest,
         colours=STAGE_ORDER,
         bars=funnel(manifest["counts"]),
         causes=cause_tables(manifest["counts"]["causes"], ledger),
-        histograms=histograms(ledger, manifest["config"]),
+        histograms=histograms(gate_scores(output), manifest["config"]),
         sheets=sheets,
         legend=legend(sheets),
         time_maps=time_maps(output),
-        rejected=rejected_tracks(ledger),
-        stages=stage_seconds(ledger),
-        versions=[_short(text) for text in _column(ledger, "versions").unique().to_pylist()[:5]],
+        rejected=rejected_tracks(read_rejected(output)),
+        stages=stage_seconds(shards.ledger_batches(output, ["kind", "seconds"])),
+        versions=[_short(text) for text in versions.unique().to_pylist()[:5]],
     )
     storage.write_atomic(storage.join(output, PAGE), page.encode())
 
@@ -165,6 +159,17 @@ def _rows(ledger: pa.Table, kind: str, published: bool) -> pa.Table:
     is_published = pc.equal(ledger["state"], "published")
     state = is_published if published else pc.invert(is_published)
     return ledger.filter(pc.and_(pc.equal(ledger["kind"], kind), state))
+
+
+def read_rejected(output: str) -> pa.Table:
+    """The rows of the ledger, scores and all, of tracks that are not published."""
+    columns = [*COLUMNS, "scores"]
+    tables = (
+        _rows(pa.Table.from_batches([batch]), "track", published=False)
+        for batch in shards.ledger_batches(output, columns)
+    )
+    schema = pa.schema([shards.LEDGER_SCHEMA.field(name) for name in columns])
+    return pa.concat_tables([schema.empty_table(), *tables])
 
 
 def _column(ledger: pa.Table, name: str) -> pa.ChunkedArray:
@@ -356,28 +361,21 @@ def rejected_tracks(ledger: pa.Table) -> dict[str, Any]:
     return {"rows": rows, "total": tracks.num_rows}
 
 
-def stage_seconds(ledger: pa.Table) -> list[dict[str, Any]]:
-    """Worker seconds of each stage over all videos, the slowest stage first."""
-    videos = ledger.filter(pc.equal(ledger["kind"], "video"))
-    chunks = videos["seconds"].chunks
-    if not chunks:
-        return []
-    table = pa.table(
-        {
-            "stage": pa.chunked_array([chunk.keys for chunk in chunks], pa.string()),
-            "seconds": pa.chunked_array([chunk.items for chunk in chunks], pa.float64()),
-        }
-    )
-    sums = table.group_by("stage").aggregate([("seconds", "sum"), ("seconds", "count")])
-    total = pc.sum(sums["seconds_sum"]).as_py() or 1.0
+def stage_seconds(batches: Iterable[pa.RecordBatch]) -> list[dict[str, Any]]:
+    """Worker seconds of each stage over all videos of a ledger, the slowest stage first."""
+    totals: dict[str, float] = {}
+    videos: dict[str, int] = {}
+    for batch in batches:
+        told = batch.filter(pc.equal(batch["kind"], "video"))["seconds"]
+        table = pa.table({"stage": told.keys, "seconds": told.items})
+        sums = table.group_by("stage").aggregate([("seconds", "sum"), ("seconds", "count")])
+        for row in sums.to_pylist():
+            totals[row["stage"]] = totals.get(row["stage"], 0.0) + row["seconds_sum"]
+            videos[row["stage"]] = videos.get(row["stage"], 0) + row["seconds_count"]
+    total = sum(totals.values()) or 1.0
     rows = [
-        {
-            "stage": row["stage"],
-            "seconds": row["seconds_sum"],
-            "videos": row["seconds_count"],
-            "share": row["seconds_sum"] / total,
-        }
-        for row in sums.to_pylist()
+        {"stage": name, "seconds": seconds, "videos": videos[name], "share": seconds / total}
+        for name, seconds in totals.items()
     ]
     return sorted(rows, key=lambda row: (-row["seconds"], row["stage"]))
 
@@ -401,13 +399,25 @@ class Histogram:
     others: int
 
 
-def histograms(ledger: pa.Table, config: Mapping[str, Any]) -> list[Histogram]:
+def gate_scores(output: str) -> dict[tuple[str, bool], NDArray[np.float64]]:
+    """By (score of :data:`GATES`, whether they are published): that score of all tracks that have it."""
+    found: dict[tuple[str, bool], list[NDArray[np.float64]]] = {
+        (gate[0], state): [np.zeros(0)] for gate in GATES for state in (True, False)
+    }
+    for batch in shards.ledger_batches(output, ["kind", "state", "scores"]):
+        table = pa.Table.from_batches([batch])
+        for (score, state), values in found.items():
+            values.append(_scores(_rows(table, "track", published=state), score))
+    return {gate: np.concatenate(values) for gate, values in found.items()}
+
+
+def histograms(
+    scores: Mapping[tuple[str, bool], NDArray[np.float64]], config: Mapping[str, Any]
+) -> list[Histogram]:
     """A histogram over all tracks for each of :data:`GATES` that any track has a score for."""
     drawn = []
     for score, title, unit, threshold in GATES:
-        published, others = (
-            _scores(_rows(ledger, "track", published=state), score) for state in (True, False)
-        )
+        published, others = scores[score, True], scores[score, False]
         if published.size + others.size:
             drawn.append(histogram(title, unit, published, others, float(config[threshold])))
     return drawn

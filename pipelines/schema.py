@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import io
 import logging
+import platform
 import sys
+import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -26,11 +29,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from pipelines import storage
+
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+PARSING = threading.Lock()
+"""Held while a ``.npy`` header is parsed; see :func:`npy_array`."""
 
 SCHEMA_VERSION = 1
 """Of the dataset on disk (docs/formats.md). A change bumps it and ships a reader or a clear refusal."""
@@ -376,15 +384,19 @@ Stage = Callable[[Video, list[Member]], tuple[Video, list[Member]]]
 def run_stage(name: str, stage: Stage, row: VideoRow) -> VideoRow:
     """Run one stage on one row: skip finished rows, time it, and turn a crash into a ``failed`` row.
 
-    An exception inside a Ray Data ``map`` would end the whole job, so this is the one place where everything
-    is caught; the row keeps the exception's type and text and is tried again by the next run.
+    An exception inside a Ray Data ``map`` ends the whole job, so this is the one place where everything is caught; the
+    row keeps the exception's type and text and is tried again by the next run. Only a :class:`storage.PlaceError`, a full
+    disk say, does end the job.
     """
     video, members = from_row(row)
     if not video.live:
         return row
     started = time.perf_counter()
     try:
-        video, members = stage(video, members)
+        with storage.writing(f"{tempfile.gettempdir()} of {platform.node()}", storage.FULL):
+            video, members = stage(video, members)
+    except storage.PlaceError:  # not this video's fault, and the next one would meet it too
+        raise
     except Exception as error:
         logger.exception("stage %s crashed on %s", name, video.key)
         video = reject(video, Cause.CRASH, f"{name}: {type(error).__name__}: {error}")
@@ -434,7 +446,10 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
 
 def npy_array(data: bytes) -> NDArray[Any]:
     """Inverse of :func:`npy_bytes`."""
-    array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+    # numpy parses the header with ``ast``, which in Python 3.11.7 fails now and then when two threads do it at once
+    # ("AST constructor recursion depth mismatch", seen in the report's reading threads)
+    with PARSING:
+        array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
     return array
 
 

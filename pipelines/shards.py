@@ -19,8 +19,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -56,6 +57,8 @@ ARRAYS = ("landmarks.npy", "matrix.npy", "scores.npy", "embedding.npy", "pupils.
 """Members of a sample between its JSON and its frames, in the order they are written."""
 TAR_BLOCK = tarfile.BLOCKSIZE
 TAR_END = b"\0" * (2 * TAR_BLOCK)
+PLANS_AT_ONCE = 256
+"""Shards of one Ray Data plan: bounds what the driver and the object store hold of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +247,7 @@ def _slim(video: Video) -> Video:
 def committed(output: str) -> tuple[set[str], set[str]]:
     """Keys of videos that are finished, and of those that failed and may be tried again."""
     done, failed = set(), set()
-    for name in storage.names_below(storage.join(output, WORK, "parts")):
+    for name in storage.names_by_folder(storage.join(output, WORK, "parts")):
         stem = name.rsplit("/", 1)[-1]
         if stem.endswith(".failed.json"):
             failed.add(stem.removesuffix(".failed.json"))
@@ -264,7 +267,7 @@ def load_commits(output: str, keys: Iterable[str], threads: int = 16) -> Iterato
         return Commit.from_bytes(data)
 
     with ThreadPoolExecutor(threads) as pool:
-        for batch in batched(keys, 1024):
+        for batch in batched(keys, 8 * threads):  # a commit takes some 30 KB while it is one
             yield from pool.map(load, batch)
 
 
@@ -348,9 +351,44 @@ def bucket_of(identity: str, buckets: int) -> int:
     return int.from_bytes(digest[:8]) % buckets
 
 
+PLANNED_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("split", "identity", "key", "part", "sha256")),
+        *((name, pa.int64()) for name in ("offset", "length")),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlans(Sequence[ShardPlan]):
+    """The plans of all shards: a table, of which each plan is cut when it is asked for."""
+
+    table: pa.Table
+    """Of :data:`PLANNED_SCHEMA` with a column ``bucket``, sorted by split, bucket and key. 160 bytes a sample, as
+    objects it would be 500."""
+    starts: tuple[int, ...]
+    """First row of each plan, and the number of rows."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> ShardPlan: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[ShardPlan]: ...
+    def __getitem__(self, place: int | slice) -> ShardPlan | list[ShardPlan]:
+        if isinstance(place, slice):
+            return [self[index] for index in range(len(self))[place]]
+        start, end = self.starts[:-1][place], self.starts[1:][place]
+        first, *_ = rows = self.table.slice(start, end - start).to_pylist()
+        names = [field.name for field in dataclasses.fields(Slice)]
+        slices = tuple(Slice(**{name: row[name] for name in names}) for row in rows)
+        return ShardPlan(split=first["split"], bucket=first["bucket"], slices=slices)
+
+
 def plan_shards(
     kept: Iterable[tuple[str, str, Slice]], target_mb: float, buckets: Mapping[str, int]
-) -> tuple[list[ShardPlan], dict[str, int]]:
+) -> tuple[ShardPlans, dict[str, int]]:
     """Assign samples to shards.
 
     Args:
@@ -361,22 +399,30 @@ def plan_shards(
     Returns:
         plans sorted by (split, bucket), samples inside sorted by key; and the number of shards by split.
     """
-    by_split: dict[str, list[tuple[str, Slice]]] = {}
-    for split, identity, item in kept:
-        by_split.setdefault(split, []).append((identity, item))
+    batches = []
+    for some in batched(kept, 4096):
+        rows = [
+            dataclasses.asdict(item) | {"split": split, "identity": identity}
+            for split, identity, item in some
+        ]
+        batches.append(pa.RecordBatch.from_pylist(rows, PLANNED_SCHEMA))
+    table = pa.Table.from_batches(batches, PLANNED_SCHEMA)
     numbers = dict(buckets)
-    plans = []
-    for split in sorted(by_split):
-        samples = by_split[split]
-        total = sum(item.length for _, item in samples)
-        count = numbers.setdefault(split, max(1, round(total / (target_mb * 2**20))))
-        groups: dict[int, list[Slice]] = {}
-        for identity, item in samples:
-            groups.setdefault(bucket_of(identity, count), []).append(item)
-        for bucket in sorted(groups):
-            slices = tuple(sorted(groups[bucket], key=lambda item: item.key))
-            plans.append(ShardPlan(split=split, bucket=bucket, slices=slices))
-    return plans, numbers
+    for total in table.group_by("split").aggregate([("length", "sum")]).to_pylist():
+        count = max(1, round(total["length_sum"] / (target_mb * 2**20)))
+        numbers.setdefault(total["split"], count)
+    find = lru_cache(4096)(bucket_of)
+    placed = [
+        pa.array(map(find, names, map(numbers.__getitem__, splits)), pa.int64())
+        for names, splits in (
+            (batch["identity"].to_pylist(), batch["split"].to_pylist()) for batch in batches
+        )
+    ]
+    table = table.append_column("bucket", pa.chunked_array(placed, pa.int64()))
+    table = table.sort_by([(name, "ascending") for name in ("split", "bucket", "key")])
+    groups = table.group_by(["split", "bucket"], use_threads=False).aggregate([("key", "count")])
+    starts = itertools.accumulate(groups["key_count"].to_pylist(), initial=0)
+    return ShardPlans(table=table, starts=tuple(starts)), numbers
 
 
 def pack(plan: ShardPlan, output: str) -> dict[str, Any]:
@@ -536,25 +582,39 @@ def index_row(record: Mapping[str, Any]) -> dict[str, Any]:
 def pack_all(
     plans: Sequence[ShardPlan], output: str, config: ShardsConfig
 ) -> Iterator[dict[str, Any]]:
-    """Pack every plan in Ray tasks; yields the records as they finish, in no particular order."""
+    """Pack every plan in Ray tasks, some hundred at a time.
+
+    Yields:
+        the records as they finish, in no particular order, with the *number* of ``samples`` and with ``digest``, the
+        plan's: what stands in the index is read from ``work/packed`` when it is wanted (:func:`packed_record`).
+    """
     import ray.data
 
-    if not plans:
-        return
-    dataset = ray.data.from_items(
-        [{"plan": plan.to_json()} for plan in plans], override_num_blocks=len(plans)
-    ).map(
-        _pack_row,  # type: ignore[arg-type]
-        fn_kwargs={"output": output},
-        num_cpus=config.resources.num_cpus,
-        memory=config.resources.memory_gb * 2**30,
-    )
-    for row in dataset.iter_rows():
-        yield json.loads(row["record"])
+    for some in batched(plans, PLANS_AT_ONCE):
+        dataset = ray.data.from_items(
+            [{"plan": plan.to_json()} for plan in some], override_num_blocks=len(some)
+        ).map(
+            _pack_row,  # type: ignore[arg-type]
+            fn_kwargs={"output": output},
+            num_cpus=config.resources.num_cpus,
+            memory=config.resources.memory_gb * 2**30,
+        )
+        for row in dataset.iter_rows():
+            yield json.loads(row["record"])
 
 
 def _pack_row(row: dict[str, Any], output: str) -> dict[str, Any]:
-    return {"record": json.dumps(pack(ShardPlan.from_json(row["plan"]), output))}
+    plan = ShardPlan.from_json(row["plan"])
+    record = pack(plan, output)
+    told = record | {"samples": len(record["samples"]), "digest": plan.digest}
+    return {"record": json.dumps(told)}
+
+
+def packed_record(digest: str, output: str) -> dict[str, Any]:
+    """The record of a packed plan, see :func:`pack`."""
+    uri = storage.join(output, WORK, "packed", f"{digest}.json")
+    record: dict[str, Any] = json.loads(storage.read_bytes(uri))
+    return record
 
 
 # --- index, ledger, manifest ------------------------------------------------------------------------------------
@@ -639,9 +699,10 @@ def write_index_tables(tables: Iterable[pa.Table], output: str) -> dict[str, Any
         with pq.ParquetWriter(local, INDEX_SCHEMA, compression="zstd") as writer:
             for table in tables:
                 writer.write_table(table)
-        content = local.read_bytes()
-    storage.write_atomic(storage.join(output, INDEX), content)
-    return {"file": INDEX, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        with local.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        storage.put_file(local, storage.join(output, INDEX))
+        return {"file": INDEX, "bytes": local.stat().st_size, "sha256": sha256}
 
 
 def read_index(output: str) -> pa.Table:
@@ -655,6 +716,18 @@ def read_index(output: str) -> pa.Table:
     if hashlib.sha256(content).hexdigest() != wanted["sha256"]:
         raise DatasetError(f"{uri}: sha256 differs from {MANIFEST}")
     return pq.read_table(io.BytesIO(content))
+
+
+def index_rows(output: str, keys: Iterable[str]) -> list[dict[str, Any]]:
+    """The rows of some samples, read a shard's at a time; none when no index is there."""
+    wanted = pa.array(sorted(keys), pa.string())
+    rows: list[dict[str, Any]] = []
+    with storage.local_file(storage.join(output, INDEX)) as local, pq.ParquetFile(local) as file:
+        for group in range(file.num_row_groups):
+            found = pc.is_in(file.read_row_group(group, ["key"])["key"], wanted)
+            if pc.any(found).as_py():
+                rows += file.read_row_group(group).filter(found).to_pylist()
+    return rows
 
 
 def ledger_rows(
@@ -765,7 +838,7 @@ def ledger_batches(output: str, columns: list[str] | None = None) -> Iterator[pa
     """The ledger some thousand rows at a time. Raises :class:`DatasetError`."""
     uri = storage.join(output, LEDGER)
     try:
-        with pq.ParquetFile(io.BytesIO(storage.read_bytes(uri))) as file:
+        with storage.local_file(uri) as local, pq.ParquetFile(local) as file:
             yield from file.iter_batches(4096, columns=columns)
     except FileNotFoundError:
         raise DatasetError(f"{uri}: no ledger; has jobs/preprocess.py finished there?") from None

@@ -7,12 +7,13 @@ follow names written in commits and manifests.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,35 @@ from fsspec.implementations.local import LocalFileSystem
 
 TEMPORARY = ".tmp-"
 """Prefix of unfinished local files; ``remove_temporary`` deletes what a killed run left."""
+
+
+class PlaceError(OSError):
+    """Files cannot go where they should: no space, no permission. Ends the run with one line; it is nobody's video's fault."""
+
+
+UNUSABLE = {
+    errno.ENOSPC: "no space left on the device; make room and run the same command again",
+    errno.EDQUOT: "the quota is used up; make room and run the same command again",
+    errno.EROFS: "the file system is read-only; give another place",
+    errno.EACCES: "no permission to write there; change it or give another place",
+    errno.EPERM: "no permission to write there; change it or give another place",
+    errno.ENOTDIR: "a file lies where a folder should be; give another place",
+}
+"""What is wrong with a place, and the cure, by the number of the operating system's error."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def writing(place: str, numbers: Collection[int] = tuple(UNUSABLE)) -> Iterator[None]:
+    """Errors with one of ``numbers`` become a :class:`PlaceError` that names ``place``; others pass."""
+    try:
+        yield
+    except PlaceError:
+        raise
+    except OSError as error:
+        if error.errno is None or error.errno not in numbers:
+            raise
+        raise PlaceError(f"{place}: {UNUSABLE[error.errno]}") from error
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -70,7 +100,8 @@ def write_atomic(uri: str, data: bytes) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part."""
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)
+        with writing(uri):
+            fs.pipe_file(path, data)
         return
     with local_aside(Path(path)) as aside:
         aside.write_bytes(data)
@@ -80,7 +111,8 @@ def put_file(source: Path, uri: str) -> None:
     """Copy a finished local file to a URI; it appears there whole."""
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
-        fs.put_file(str(source), path)
+        with writing(uri):
+            fs.put_file(str(source), path)
         return
     with local_aside(Path(path)) as aside:
         shutil.copyfile(source, aside)
@@ -89,16 +121,18 @@ def put_file(source: Path, uri: str) -> None:
 @contextmanager
 def local_aside(target: Path) -> Iterator[Path]:
     """A temporary name in the target's folder; on success synced and renamed to it, on failure removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
-    try:
-        yield aside
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        aside.replace(target)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with writing(str(target.parent)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            with aside.open("rb+") as file:
+                os.fsync(file.fileno())
+            aside.replace(target)
+        except BaseException:
+            with suppress(OSError):  # the first error is the one to tell
+                aside.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -120,6 +154,19 @@ def names_below(uri: str) -> list[str]:
     fs.invalidate_cache()
     root = path.rstrip("/") + "/"
     return sorted(found[len(root) :] for found in fs.find(path) if found.startswith(root))
+
+
+def names_by_folder(uri: str) -> Iterator[str]:
+    """As :func:`names_below` for files in folders right below one folder, a folder at a time: a million names are never
+    held at once."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    if not fs.isdir(path):
+        return
+    for folder in sorted(entry["name"] for entry in fs.ls(path, detail=True)):
+        name = folder.rstrip("/").rpartition("/")[2]
+        for found in sorted(fs.ls(folder, detail=False)):
+            yield f"{name}/{found.rpartition('/')[2]}"
 
 
 def remove(uri: str) -> None:

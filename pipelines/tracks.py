@@ -77,6 +77,7 @@ from pipelines.video import (
     Frame,
     VideoError,
     VideoInfo,
+    for_every_frame,
     frame_times,
     nearest,
 )
@@ -1064,7 +1065,7 @@ class Tracker:
 
     def __init__(self, config: TracksConfig) -> None:
         self.config = config
-        self.decoder = Decoder(config.decoder)
+        self.decoder = Decoder(for_every_frame(config.decoder))
         self.detector = load_detector(config.detector, DETECTOR_FACE_PX)
         use_one_thread()
 

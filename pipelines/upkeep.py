@@ -208,11 +208,13 @@ def take_down(
         storage.remove(storage.join(output, report.PAGE))
         tally = Tally()
         shards.write_ledger((tally.see(row) for row in _marked_rows(output, takedowns)), output)
-        tables = (thinned.tables[entry["name"]] for entry in thinned.listing)
+        tables = [thinned.tables[entry["name"]] for entry in thinned.listing]
+        people = {name for table in tables for name in table["identity"].unique().to_pylist()}
         manifest |= {
             "dataset_version": manifest["dataset_version"] + bool(thinned.replaced),
             "counts": tally.counts(),
             "splits": tally.splits(),
+            "twins": [pair for pair in manifest["twins"] if people.issuperset(pair[:2])],
             "shards": thinned.listing,
             "index": shards.write_index_tables(tables, output),
         }

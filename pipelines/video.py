@@ -14,6 +14,7 @@ One rule for each thing that tools disagree about (all measured, see tests/pipel
   containers (decord loses the first group of an MPEG-TS), packets hidden by an edit list (it counts them as
   pictures), open groups (it seeks to decoding order), rotation (decord turns mp4 but not Matroska), and
   large files without a colour matrix (decord takes them for BT.601). Where decord fails, PyAV gets one try.
+  A stage that looks at every frame asks PyAV first (:func:`for_every_frame`).
 * **Who waits.** Decoders hang, crash and leak, and decord can hang holding the interpreter lock. So they run in a
   child process: killed when silent for too long, replaced after a number of videos, gone when its parent is gone.
   It is stopped (SIGSTOP) while the caller works on a frame: decord reads ahead without bound, 500 MB in two
@@ -36,7 +37,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,7 +71,7 @@ class DecoderConfig:
     videos_per_child: int = 50
     """Reads after which the child is replaced, because decord leaks memory."""
     decoders: tuple[str, ...] = ("decord", "pyav")
-    """Decoders to try, in this order."""
+    """Decoders to try, in this order; :func:`for_every_frame` may change it."""
 
     def __post_init__(self) -> None:
         if self.deadline_seconds <= 0 or self.videos_per_child < 1:
@@ -80,6 +81,16 @@ class DecoderConfig:
             )
         if not self.decoders or not set(self.decoders) <= {"decord", "pyav"}:
             raise ValueError(f"decoders {self.decoders}: name one or both of decord, pyav")
+
+
+def for_every_frame(config: DecoderConfig) -> DecoderConfig:
+    """The configuration with PyAV before decord, for a stage that wants thumbs of all frames.
+
+    The pictures are the same. Where every frame is converted decord takes a quarter more time; for some frames of many
+    the two are equally fast (benchmarks/README.md).
+    """
+    order = sorted(config.decoders, key=lambda name: name != "pyav")
+    return replace(config, decoders=tuple(order))
 
 
 class VideoError(Exception):

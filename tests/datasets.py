@@ -278,12 +278,13 @@ def make_dataset(
         "counts": tally.counts(),
         "splits": tally.splits(),
         "members": CROP,
+        "twins": [],
         "buckets": buckets,
         "shards": listing,
         "index": shards.write_index(records, output) if records else {},
         "tools": {"ray": "2.60.0"},
     }
-    report.write(output, manifest, records)
+    report.write(output, manifest)
     if records:
         shards.write_manifest(manifest, output)
     return manifest

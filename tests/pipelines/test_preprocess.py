@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from models.frozen.landmarks import FanConfig
-from pipelines import preprocess, shards, storage
+from pipelines import identities, preprocess, quality, shards, storage
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig
+from pipelines.identities import IdentitiesConfig
 from pipelines.preprocess import ConfigError, PreprocessConfig, Progress
-from pipelines.schema import Cause, Video, reject
+from pipelines.schema import Cause, Track, Video, reject
 from pipelines.tracks import TracksConfig
 from tests.datasets import make_dataset, some_videos
 
@@ -133,3 +135,68 @@ def test_failed_video_is_tried_until_its_attempts_are_used(
     assert tried == []
     preprocess.process(config_of(output, max_attempts=2), fresh, quiet())
     assert tried == [2]
+
+
+def made_commit(random: np.random.Generator, identity: str, number: int) -> shards.Commit:
+    """A commit whose tracks may show somebody else, be copies, or come from a video that others list, too."""
+    tracks = []
+    for name in ("000", "001")[: random.integers(1, 3)]:
+        person = np.random.default_rng(list(identity.encode())).normal(size=8)
+        if random.random() < 0.15:
+            person = -person
+        vector = person + 0.02 * random.normal(size=8)
+        clip = np.random.default_rng(int(random.integers(3)))
+        tracks.append(
+            Track(
+                name=name,
+                span="0",
+                times=(0.0, 0.2),
+                scores={"window_side": float(random.integers(400, 500))},
+                embedding=tuple((vector / np.linalg.norm(vector)).tolist()),
+                hashes=tuple((0.2 * i, 0.5, 0.4, clip.bytes(32).hex()) for i in range(14)),
+            )
+        )
+    video = Video(
+        identity=identity,
+        video=f"v{number}",
+        url=f"http://host/{random.integers(40)}",
+        sha256=f"{random.integers(40)}",
+        split=str(random.choice(["", "", "train", "test"])),
+        tracks=tuple(tracks),
+    )
+    keys = [video.track_key(track) for track in tracks if random.random() < 0.9]
+    frames = dict.fromkeys(keys, int(random.integers(3, 30)))
+    return shards.Commit(
+        video=video, tar_sha256="ab", slices=dict.fromkeys(keys, (0, 1)), frames=frames
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_decided_in_a_stream_is_what_is_decided_of_all_at_once(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    people = sorted({f"id{random.integers(30)}" for _ in range(12)})
+    commits = [
+        made_commit(random, one, number)
+        for one in people
+        for number in range(random.integers(1, 5))
+    ]
+    config = config_of("out", identities=IdentitiesConfig(test_share=0.4))
+    everyone = [track for one in commits for track in preprocess.candidates_of(one)]
+    copies = quality.find_duplicates(everyone, config.quality)
+    rest = [track for track in everyone if track.key not in copies]
+    expected = {
+        key: (decision.split, decision.cause, decision.detail)
+        for key, decision in identities.decide(rest, config.identities).items()
+    }
+    listed = {track.key: track.split for track in everyone}
+    expected |= {key: (listed[key], cause.value, detail) for key, (cause, detail) in copies.items()}
+    samples, gone, means = preprocess.gather(commits, config)
+    twins = identities.find_twins(means, config.identities.twin_threshold)
+    splits, gone = identities.settle(samples, gone, twins, config.identities)
+    found = {}
+    for commit in commits:
+        found |= preprocess.decisions(commit, splits, gone)
+    assert found == expected
+    assert len({cause for _, cause, _ in found.values()}) >= 3
+    kept = {item.key for _, _, item in samples.kept(splits, gone)}
+    assert kept == {key for key, (_, cause, _) in expected.items() if not cause}

@@ -394,7 +394,7 @@ def page_of(output: str, people: int) -> tuple[int, set[str]]:
         "shards": [],
         "tools": {},
     }
-    report.write(output, manifest, [])
+    report.write(output, manifest)
     return Path(output, report.PAGE).stat().st_size, report.choose(shards.read_ledger(output))
 
 
@@ -495,7 +495,7 @@ def test_the_strip_of_a_time_map_shows_the_three_boxes() -> None:
 
 
 def test_stage_seconds_are_summed_over_videos(made: tuple[str, dict[str, Any]]) -> None:
-    told = report.stage_seconds(shards.read_ledger(made[0]))
+    told = report.stage_seconds(shards.ledger_batches(made[0]))
     assert [(row["stage"], row["seconds"], row["videos"]) for row in told] == [
         ("tracks", 36.0, 9),
         ("crops", 22.5, 9),

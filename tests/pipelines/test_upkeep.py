@@ -206,6 +206,14 @@ def test_the_receipt_counts_what_went(copy: str) -> None:
     assert takedowns["identities"]["id02"]["reason"] == REASON
 
 
+def test_likenesses_with_those_who_go_are_forgotten(copy: str) -> None:
+    manifest = shards.read_manifest(copy)
+    stay, go = ["id10", "id11", 0.98], ["id02", "id10", 0.97]
+    shards.write_manifest({**manifest, "twins": [go, stay]}, copy)
+    upkeep.take_down(copy, ["id02"], [], REASON)
+    assert shards.read_manifest(copy)["twins"] == [stay]
+
+
 def test_no_trace_is_left_but_the_names(copy: str) -> None:
     logged = Path(copy, "mlflow", "mlartifacts", "1", "ab", "artifacts", report.PAGE)
     logged.parent.mkdir(parents=True)
