@@ -1,4 +1,4 @@
-"""Stage 10. Published dataset → batches of the Aligner. Torch on the CPU; no Ray.
+"""Published dataset → batches of the Aligner. Torch on the CPU; no Ray.
 
 A sample is K pictures of a person, the sources, and one more, the target (HeSer §3.1). It is drawn first: identity, video,
 frames, all from (seed, number of the sample) and nothing else. Then its members are read, by range, and only those are
