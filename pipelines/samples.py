@@ -298,7 +298,7 @@ class Shot:
     def flipped(self) -> Shot:
         """Its mirror image; the landmarks are those of a face again."""
         mirrored = (self.landmarks * [-1, 1] + [self.image.shape[1], 0])[FLIP_68]
-        return Shot(np.ascontiguousarray(self.image[:, ::-1]), mirrored)
+        return Shot(cast(Image, cv2.flip(self.image, 1)), mirrored)
 
 
 class AlignerSamples:
