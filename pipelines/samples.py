@@ -179,7 +179,7 @@ def draw(
     if config.pairing == "video":
         video = int(rng.integers(first, end))
         chosen = rng.choice(reader.frames_of(video), sources + 1, replace=False)
-        frames = [reader.locate(video, int(frame)) for frame in chosen]
+        frames = [reader.locate(video, frame) for frame in chosen.tolist()]
     else:
         distinct: dict[Frame, None] = {}  # a set that keeps its order
         while len(distinct) <= sources:
@@ -193,8 +193,8 @@ def require_frames(reader: Reader, pairing: Literal["video", "identity"], source
     """Raise :class:`DatasetError` unless every video, or every person, has a target beside ``sources`` sources."""
     ends = reader.tracks_of
     if pairing == "identity":
-        ends = ends[reader.videos_of]
-    counts = np.diff(reader.frames_before[ends])
+        ends = [ends[video] for video in reader.videos_of]
+    counts = np.diff([reader.frames_before[end] for end in ends])
     short = int((counts <= sources).sum())
     if short:
         least = int(counts.argmin())
