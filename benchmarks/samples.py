@@ -11,7 +11,8 @@ and their results are compared, so that they are known to do the same work. File
     png        two files of a folder of PNG frames, as first-order-model does with folders
 
 Then the Aligner's whole batches (512 px, crops and augmentation included), and the time to the first batch of a dataset of
-1,000 shards. Pictures are a moving portrait (scikit-image's astronaut) with camera noise, coded as pipelines/crops.py does.
+1,000 shards. Pictures are a moving portrait (scikit-image's astronaut). JPEGs are coded as pipelines/crops.py does, PNGs with
+imageio, as video-preprocessing does.
 """
 
 from __future__ import annotations
@@ -82,16 +83,12 @@ class Config:
 
 
 def portrait(size: int, number: int, frame: int) -> NDArray[np.uint8]:
-    """A frame of a track: the astronaut turned and moved a little, with noise of 2 grey levels."""
-    rng = np.random.default_rng((number, frame))
+    """A frame of a track: the astronaut turned and moved a little."""
     angle, zoom = 8 * np.sin(0.1 * frame + number), size / (300 + 20 * np.cos(0.07 * frame))
     matrix = cv2.getRotationMatrix2D((223, 140), angle, zoom)
     matrix[:, 2] += np.array([size / 2 - 223, size / 2 - 140])
-    image = cv2.warpAffine(
-        skimage.data.astronaut(), matrix, (size, size), borderMode=cv2.BORDER_REFLECT
-    )
-    field = rng.normal(0, 2, image.shape)
-    return np.clip(image + field, 0, 255).astype(np.uint8)
+    image = skimage.data.astronaut()
+    return cv2.warpAffine(image, matrix, (size, size), borderMode=cv2.BORDER_REFLECT)
 
 
 def jpeg(image: NDArray[np.uint8]) -> bytes:
@@ -198,11 +195,10 @@ def from_shards(dataset: str) -> Pairs:
         ]
         frames = [frame for drawn in draws for frame in (drawn.sources[0], drawn.target)]
         contents = reader.read([reader.picture(*frame) for frame in frames])
-        images = [
-            decode(content[0], reader.window, PAIRS_SIZE, reader.keys[track])
-            for content, (track, _) in zip(contents, frames, strict=True)
-        ]
-        yield np.stack(images)
+        images = np.empty((len(frames), PAIRS_SIZE, PAIRS_SIZE, 3), np.uint8)
+        for place, (content, (track, _)) in enumerate(zip(contents, frames, strict=True)):
+            images[place] = decode(content[0], reader.window, PAIRS_SIZE, reader.keys[track])
+        yield images
 
 
 def decode_only(dataset: str) -> Pairs:
@@ -269,7 +265,7 @@ def measure_pairs(folder: Path, config: Config) -> dict[str, float]:
             write_clip(clips / f"{number}.mp4", images)
             (clips / str(number)).mkdir()
             for frame, image in enumerate(images):
-                cv2.imwrite(str(clips / str(number) / f"{frame:07d}.png"), image[..., ::-1])
+                skimage.io.imsave(clips / str(number) / f"{frame:07d}.png", image)
     dataset = str(folder / "pairs")
     publish(dataset, tracks, 4, PAIRS_SIZE)
     one, other = next(from_shards(dataset)), next(decode_only(dataset))

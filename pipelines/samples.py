@@ -1,4 +1,4 @@
-"""Stage 10. Published dataset → batches of the Aligner. Torch on the CPU; no Ray.
+"""Published dataset → batches of the Aligner. Torch on the CPU; no Ray.
 
 A sample is K pictures of a person, the sources, and one more, the target (HeSer §3.1). It is drawn first: identity, video,
 frames, all from (seed, number of the sample) and nothing else. Then its members are read, by range, and only those are
@@ -179,7 +179,7 @@ def draw(
     if config.pairing == "video":
         video = int(rng.integers(first, end))
         chosen = rng.choice(reader.frames_of(video), sources + 1, replace=False)
-        frames = [reader.locate(video, int(frame)) for frame in chosen]
+        frames = [reader.locate(video, frame) for frame in chosen.tolist()]
     else:
         distinct: dict[Frame, None] = {}  # a set that keeps its order
         while len(distinct) <= sources:
@@ -193,8 +193,8 @@ def require_frames(reader: Reader, pairing: Literal["video", "identity"], source
     """Raise :class:`DatasetError` unless every video, or every person, has a target beside ``sources`` sources."""
     ends = reader.tracks_of
     if pairing == "identity":
-        ends = ends[reader.videos_of]
-    counts = np.diff(reader.frames_before[ends])
+        ends = [ends[video] for video in reader.videos_of]
+    counts = np.diff([reader.frames_before[end] for end in ends])
     short = int((counts <= sources).sum())
     if short:
         least = int(counts.argmin())
@@ -298,7 +298,7 @@ class Shot:
     def flipped(self) -> Shot:
         """Its mirror image; the landmarks are those of a face again."""
         mirrored = (self.landmarks * [-1, 1] + [self.image.shape[1], 0])[FLIP_68]
-        return Shot(np.ascontiguousarray(self.image[:, ::-1]), mirrored)
+        return Shot(cast(Image, cv2.flip(self.image, 1)), mirrored)
 
 
 class AlignerSamples:

@@ -175,3 +175,42 @@ def cut_time(path: Path) -> float:
             pictures.append(frame.reformat(64, 36, "gray").to_ndarray().astype(float))
     jumps = [np.abs(after - before).mean() for before, after in itertools.pairwise(pictures)]
     return float(times[int(np.argmax(jumps)) + 1] - times[0])
+
+
+def test_batches_show_one_person_each(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Aligner is given of real people: the identity network, shown the faces as training will show them, knows
+    source and target for the same person and different samples for different people; the border is black and only the border."""
+    import torch
+
+    from models.aligner.augment import AugmentConfig
+    from models.frozen.arcface import crop_faces, load_identity_network
+    from pipelines.samples import SamplesConfig, aligner_batches
+
+    monkeypatch.setenv("HEADRAY_WEIGHTS", str(SHARED / "weights"))
+    network = load_identity_network("mobilefacenet")
+    still = AugmentConfig(max_photometric=0, scale=0.0)
+    config = SamplesConfig(
+        identity="mobilefacenet", max_sources=2, batch_size=12, loaders=2, augment=still
+    )
+    batches = aligner_batches(config, str(dataset), samples_seen=0, rank=0, world_size=1)
+    same, other = [], []
+    for batch in itertools.islice(batches, 2):
+        outside = (batch.target_valid == 0).expand(-1, 3, -1, -1)
+        assert 0.05 < outside.float().mean() < 0.6
+        assert (batch.target[outside] < -0.9).float().mean() > 0.97
+        assert (batch.target_foreground * (1 - batch.target_valid)).mean() < 0.01
+        faces = crop_faces(batch.target, batch.target_face_matrix, network.size)
+        people = [key.split("-")[0] for key in batch.keys]
+        targets, sources = (
+            torch.nn.functional.normalize(network.embedding(each), dim=1)
+            for each in (faces, batch.source_faces[:, 0])
+        )
+        cosines = targets @ sources.T
+        for row, column in itertools.product(range(len(batch)), repeat=2):
+            if row == column:
+                same.append(float(cosines[row, column]))
+            elif people[row] != people[column]:
+                other.append(float(cosines[row, column]))
+    assert np.median(same) > 0.6
+    assert min(same) > max(0.3, float(np.quantile(other, 0.95)))
+    assert np.median(other) < 0.2
