@@ -21,18 +21,10 @@ from models.frozen.chips import invert as invert
 from models.frozen.chips import square_matrix as square_matrix
 from models.frozen.chips import transform as transform
 from models.frozen.chips import warp as warp
+from models.motion.layout import FLIP_68 as FLIP_68
 
 CropRule = Literal["heser", "lpd", "fomm", "impl"]
 """Which square of the frame becomes the window; the table of the four is in docs/formats.md."""
-
-# fmt: off
-FLIP_68 = np.array(
-    [*range(16, -1, -1), *range(26, 16, -1), 27, 28, 29, 30, 35, 34, 33, 32, 31,
-     45, 44, 43, 42, 47, 46, 39, 38, 37, 36, 41, 40,
-     54, 53, 52, 51, 50, 49, 48, 59, 58, 57, 56, 55, 64, 63, 62, 61, 60, 67, 66, 65]
-)
-# fmt: on
-"""iBUG 68: ``points[FLIP_68]`` puts the points of a mirrored face back in order."""
 
 EYE_E2E, EYE_E2M, EYE_CENTRE = 8.2, 6.9, 0.86
 """HeSer's window, read off its published picture: side = max(8.2 eye distance, 6.9 eyes to mouth), centre 0.86 of

@@ -1,0 +1,1 @@
+"""Sparse-to-dense motion: one face image driven by landmarks (Zhao, Wu and Guo 2021)."""
