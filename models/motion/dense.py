@@ -44,13 +44,11 @@ class AdaptiveNorm(nn.Module):
         super().__init__()
         norms = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}
         self.norm = norms[modulation.norm](channels, affine=False)
-        self.project = nn.Sequential(
-            nn.Linear(modulation.vector, modulation.hidden),
-            nn.ReLU(inplace=True),
-            nn.Linear(modulation.hidden, 2 * channels),
-        )
-        nn.init.zeros_(self.project[2].weight)
-        nn.init.zeros_(self.project[2].bias)
+        last = nn.Linear(modulation.hidden, 2 * channels)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        first = nn.Linear(modulation.vector, modulation.hidden)
+        self.project = nn.Sequential(first, nn.ReLU(inplace=True), last)
 
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
         """(b, channels, h, w) and (b, 2K) to (b, channels, h, w)."""
@@ -316,7 +314,9 @@ class DenseMotion(nn.Module):
     ) -> None:
         super().__init__()
         self.global_motion = global_motion
-        self.local_motions = nn.ModuleDict({**local_motions})
+        self.local_motions = nn.ModuleDict(
+            {str(name): part for name, part in local_motions.items()}
+        )
         self.layout = layout
         self.size, self.patch = size, patch
         self.patch_half = patch / size

@@ -5,15 +5,14 @@ are the picture's edges, and landmarks in pixels (centres at integer + 0.5) beco
 grids for the other convention and samples in this one, which makes its identity warp blur (mean error 0.13 on noise).
 
 A *deformation* (b, h, w, 2) holds for every place of the driving frame the place of the source, (x, y), that is shown there
-(backward flow); a *displacement* is the deformation less the identity. All of it is float32, whatever autocast says.
+(backward flow); a *displacement* is the deformation less the identity. All of it is cast to float32 and stays so under autocast, which lowers convolutions and
+matrix products only: half a bfloat16 step is 1/256 of a coordinate, half a pixel of 256.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import wraps
-from typing import Literal, ParamSpec, TypeVar
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,21 +21,6 @@ from torch import Tensor
 Padding = Literal["border", "zeros"]
 TAPER_START = 0.75
 """Of a patch's half side: inside, a local network counts fully; from here it fades to nothing at the patch's edge."""
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def in_float32(function: Callable[P, R]) -> Callable[P, R]:
-    """Turns autocast off inside: half a bfloat16 step is 1/256 of a coordinate, half a pixel of 256."""
-
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensor = next(value for value in args if isinstance(value, Tensor))
-        with torch.autocast(tensor.device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
 
 
 def identity_grid(size: int, device: torch.device | None = None) -> Tensor:
@@ -51,7 +35,6 @@ def normalise(points_px: Tensor, size: int) -> Tensor:
     return points_px * (2 / size) - 1
 
 
-@in_float32
 def warp(image: Tensor, deformation: Tensor, padding: Padding = "border") -> Tensor:
     """Show at every place what the deformation says: (b, c, h, w) and (b, h', w', 2) to (b, c, h', w'), bilinear."""
     return F.grid_sample(
@@ -63,13 +46,11 @@ def warp(image: Tensor, deformation: Tensor, padding: Padding = "border") -> Ten
     )
 
 
-@in_float32
 def shrink(field: Tensor, factor: int) -> Tensor:
     """Mean over blocks of ``factor`` pixels, (b, c, h, w): of the identity grid it gives the smaller identity grid."""
     return F.avg_pool2d(field.float(), factor)
 
 
-@in_float32
 def cut_patches(image: Tensor, centres: Tensor, half: float, side: int) -> Tensor:
     """Square patches by sampling, not slicing: a centre that moves by part of a pixel moves the patch by as much.
 
@@ -92,7 +73,6 @@ def taper(coordinates: Tensor) -> Tensor:
     return (0.5 * (1 + torch.cos(math.pi * beyond))).prod(dim=-1)
 
 
-@in_float32
 def paste_patches(
     patches: Tensor, centres: Tensor, half: float, size: int
 ) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from models.motion.dense import (
     MotionTrunk,
     SkipKind,
 )
-from models.motion.flow import Padding, identity_grid, in_float32, shrink, warp
+from models.motion.flow import Padding, identity_grid, shrink, warp
 from models.motion.generator import Generator
 from models.motion.layout import PartName, layout_of
 
@@ -224,7 +224,6 @@ class Motion(nn.Module):
         return occlusion * blend(warped, features, shrink(fields.mask, factor))
 
 
-@in_float32
 def blend(warped: Tensor, still: Tensor, mask: Tensor) -> Tensor:
     """What moved where the mask is 1, what stood still where it is 0: (b, c, h, w) twice and (b, 1, h, w)."""
     return mask * warped + (1 - mask) * still.float()
