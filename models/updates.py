@@ -26,7 +26,10 @@ class NonFiniteLossError(ValueError):
 class Batch(Protocol):
     """What can be divided into micro-batches."""
 
-    keys: list[str]
+    @property
+    def keys(self) -> list[str]:
+        """Of its samples."""
+        ...
 
     def __len__(self) -> int: ...
 

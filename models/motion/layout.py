@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -55,10 +54,10 @@ def _layout(pupils: bool) -> Layout:
         "mouth": tuple(range(48, 68)),
     }
     rigid = (27, 28, 29, 30, 36, 39, 42, 45)
-    return Layout(len(flip), MappingProxyType(parts), flip, rigid)
+    return Layout(len(flip), parts, flip, rigid)
 
 
-LAYOUTS = MappingProxyType({68: _layout(pupils=False), 70: _layout(pupils=True)})
+LAYOUTS: Mapping[int, Layout] = {68: _layout(pupils=False), 70: _layout(pupils=True)}
 """By the number of points."""
 
 
