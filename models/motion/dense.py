@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.losses import exact
 from models.motion.flow import cut_patches, identity_grid, paste_patches
 from models.motion.layout import Layout, PartName
 
@@ -240,8 +241,8 @@ class GlobalMotion(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Displacement (b, 2, s, s) in normalised units, unbounded; logits of mask (or None) and occlusion (b, 1, s, s)."""
         features = self.trunk.decode(encoded, source, driving)
-        mask = None if self.mask is None else self.mask(features).float()
-        return self.displacement(features).float(), mask, self.occlusion(features).float()
+        mask = None if self.mask is None else exact(self.mask(features))
+        return exact(self.displacement(features)), mask, exact(self.occlusion(features))
 
 
 class LocalMotion(nn.Module):
@@ -254,8 +255,7 @@ class LocalMotion(nn.Module):
 
     def decode(self, encoded: Sequence[Tensor], source: Tensor, driving: Tensor) -> Tensor:
         """(b, 2 or 3, p, p): displacement in units of half the patch, and the occlusion's logit."""
-        moved: Tensor = self.head(self.trunk.decode(encoded, source, driving))
-        return moved.float()
+        return exact(self.head(self.trunk.decode(encoded, source, driving)))
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ class EncodedSource:
 
 @dataclass(frozen=True)
 class MotionFields:
-    """Everything the motion networks say about one driving frame. Full size, float32."""
+    """Everything the motion networks say about one driving frame. Full size, float32 whatever the precision of convolutions."""
 
     deformation: Tensor
     """(b, s, s, 2) where in the source each pixel comes from, [-1, 1] inside the picture."""

@@ -5,7 +5,7 @@ are the picture's edges, and landmarks in pixels (centres at integer + 0.5) beco
 grids for the other convention and samples in this one, which makes its identity warp blur (mean error 0.13 on noise).
 
 A *deformation* (b, h, w, 2) holds for every place of the driving frame the place of the source, (x, y), that is shown there
-(backward flow); a *displacement* is the deformation less the identity. All of it is cast to float32 and stays so under autocast, which lowers convolutions and
+(backward flow); a *displacement* is the deformation less the identity. All of it is cast to float32 at least and stays so under autocast, which lowers convolutions and
 matrix products only: half a bfloat16 step is 1/256 of a coordinate, half a pixel of 256.
 """
 
@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.losses import exact
 
 Padding = Literal["border", "zeros"]
 TAPER_START = 0.75
@@ -37,9 +39,10 @@ def normalise(points_px: Tensor, size: int) -> Tensor:
 
 def warp(image: Tensor, deformation: Tensor, padding: Padding = "border") -> Tensor:
     """Show at every place what the deformation says: (b, c, h, w) and (b, h', w', 2) to (b, c, h', w'), bilinear."""
+    image = exact(image)
     return F.grid_sample(
-        image.float(),
-        deformation.float(),
+        image,
+        deformation.to(image.dtype),
         mode="bilinear",
         padding_mode=padding,
         align_corners=False,
@@ -48,7 +51,7 @@ def warp(image: Tensor, deformation: Tensor, padding: Padding = "border") -> Ten
 
 def shrink(field: Tensor, factor: int) -> Tensor:
     """Mean over blocks of ``factor`` pixels, (b, c, h, w): of the identity grid it gives the smaller identity grid."""
-    return F.avg_pool2d(field.float(), factor)
+    return F.avg_pool2d(exact(field), factor)
 
 
 def cut_patches(image: Tensor, centres: Tensor, half: float, side: int) -> Tensor:
@@ -64,7 +67,7 @@ def cut_patches(image: Tensor, centres: Tensor, half: float, side: int) -> Tenso
         (b, c, side, side); what lies outside the image repeats its border.
     """
     grid = identity_grid(side, image.device)
-    return warp(image, centres.float()[:, None, None] + half * grid)
+    return warp(image, exact(centres)[:, None, None] + half * grid)
 
 
 def taper(coordinates: Tensor) -> Tensor:
@@ -88,5 +91,5 @@ def paste_patches(
         (b, c, size, size), zero outside the patch, not yet weighted; (b, 1, size, size) :func:`taper`, in [0, 1].
     """
     grid = identity_grid(size, patches.device)
-    inside = (grid - centres.float()[:, None, None]) / half  # (b, size, size, 2)
+    inside = (grid - exact(centres)[:, None, None]) / half  # (b, size, size, 2)
     return warp(patches, inside, "zeros"), taper(inside)[:, None]

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.losses import exact
+
 
 class ConvNormReLU(nn.Sequential):
     """Convolution that keeps the size, batch norm, ReLU."""
@@ -67,4 +69,4 @@ class Generator(nn.Module):
         x = self.residuals(features)
         for block in self.up:
             x = block(F.interpolate(x, scale_factor=2, mode="nearest"))
-        return 2 * torch.sigmoid(self.final(x).float()) - 1
+        return 2 * torch.sigmoid(exact(self.final(x))) - 1

@@ -156,8 +156,8 @@ class MotionLearnerConfig:
 class RealAndFake(nn.Module):
     """The discriminator on real and generated pictures, each normalised by its own batch, in one forward pass.
 
-    One pass, because a ``DistributedDataParallel`` sends its buffers round before each, and a second one would overwrite
-    what the backward pass through the first still needs.
+    One pass, because a ``DistributedDataParallel`` sends its buffers round before each, and torch has refused the backward
+    pass through the first after a second (pytorch#22095, #175024).
     """
 
     def __init__(self, discriminator: PatchDiscriminator) -> None:

@@ -16,6 +16,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from models.losses import exact
 from models.motion.dense import (
     AdaptiveNormKind,
     AdaptivePosition,
@@ -226,7 +227,7 @@ class Motion(nn.Module):
 
 def blend(warped: Tensor, still: Tensor, mask: Tensor) -> Tensor:
     """What moved where the mask is 1, what stood still where it is 0: (b, c, h, w) twice and (b, 1, h, w)."""
-    return mask * warped + (1 - mask) * still.float()
+    return mask * warped + (1 - mask) * exact(still)
 
 
 def build_dense(config: MotionConfig) -> DenseMotion:

@@ -52,6 +52,11 @@ def learner(seed: int = 0, **changes: Any) -> MotionLearner:
     return MotionLearner(replace(CONFIG, **changes), wrap=bare, device=torch.device("cpu"))
 
 
+def doubled(batch: MotionBatch) -> MotionBatch:
+    """In float64."""
+    return replace(batch, **{name: t.double() for name, t in batch._tensors().items()})
+
+
 def bare(network: nn.Module) -> nn.Module:
     """Wraps nothing."""
     return network
