@@ -24,10 +24,12 @@ import tyro
 from rich.table import Table
 
 from jobs import runtime
-from pipelines import preprocess, report, storage, tracking
+from pipelines import forecast, preprocess, replay, report, storage, tracking
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig
-from pipelines.preprocess import NothingUsableError, Outcome, PreprocessConfig, Progress
+from pipelines.forecast import Forecast, Range
+from pipelines.output import NothingUsableError, OutputLock
+from pipelines.preprocess import Outcome, PreprocessConfig, Progress
 from pipelines.schema import Video
 from pipelines.shards import ShardsConfig
 
@@ -59,16 +61,31 @@ def job() -> None:
     if archive := config.download.from_downloads:
         absolute = replace(config.download, from_downloads=storage.absolute(archive))
         config = replace(config, download=absolute)
+    if config.plan:
+        show_plan(config)
+    elif config.replay:
+        show_replay(config)
+    else:
+        make(config)
+
+
+def make(config: PreprocessConfig) -> None:
+    """Check everything, lock the output, record, and make the dataset or the rows of one stage."""
     preprocess.check(config)
     videos = preprocess.open_list(config)
-    with preprocess.OutputLock(config.output):
-        outcome, store = make(config, videos)
+    with OutputLock(config.output):
+        flat = runtime.record(config, config.output)
+        if config.stop_after:
+            save_rows(config, videos)
+            return
+        outcome, store = publish(config, videos, flat)
     summarise(config, outcome, store)
 
 
-def make(config: PreprocessConfig, videos: Iterator[Video]) -> tuple[Outcome, tracking.Store]:
-    """Record, connect and run; the output is locked."""
-    flat = runtime.record(config, config.output)
+def publish(
+    config: PreprocessConfig, videos: Iterator[Video], flat: dict[str, Any]
+) -> tuple[Outcome, tracking.Store]:
+    """Connect and run; MLflow keeps the flat configuration, what came out, and the report."""
     store = tracking.find_store(config.output, runtime.submitted())
     tags = {
         "git_commit": runtime.code_version()["commit"],
@@ -95,6 +112,96 @@ def log_report(run: tracking.Run, output: str) -> None:
     if storage.exists(uri):
         with storage.local_file(uri) as page:
             run.file(page, "report")
+
+
+def show_plan(config: PreprocessConfig) -> None:
+    """Forecast the run from a sample of its list; writes nothing to the output."""
+    say = runtime.console.print
+    videos = preprocess.open_list(config)
+    say(f"asking about {config.plan_videos} videos of the list (no video is fetched)")
+    told = forecast.plan(videos, config)
+    table = Table(title="forecast", title_justify="left")
+    for column in ("", "expected", "95 % of samples say"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, expected, between in plan_rows(told):
+        table.add_row(name, expected, between)
+    say(table)
+    for cause, count in sorted(told.causes.items()):
+        say(f"  {count} of the sample: {cause}")
+    say(
+        f"{told.num_asked} sampled videos answered. Frames, bytes and CPU-hours are of all that can be fetched: at most, "
+        "since what faces reject is known only from the pictures. CPU-hours are from rates in pipelines/forecast.py, "
+        "measured on another machine with the networks that come in wheels; nothing was timed here."
+    )
+    if told.num_sizes_assumed:
+        rate = forecast.ASSUMED_BITS_PER_SECOND / 1e6
+        say(
+            f"{told.num_sizes_assumed} sites told neither size nor rate: {rate:g} Mbit/s taken for them"
+        )
+
+
+def plan_rows(told: Forecast) -> list[tuple[str, str, str]]:
+    """Name, expected value and interval of each line of the forecast."""
+
+    def line(name: str, values: Range, scale: float = 1.0, digits: int = 0) -> tuple[str, str, str]:
+        low, expected, high = (
+            f"{value / scale:,.{digits}f}" for value in (values.low, values.expected, values.high)
+        )
+        return name, expected, f"{low} to {high}"
+
+    return [
+        ("videos in the list", f"{told.num_videos:,}", ""),
+        ("  usable by their entry in it", f"{told.num_usable:,}", ""),
+        line("videos that can be fetched", told.survivors),
+        line("to download, GB", told.download_bytes, 1e9, 2),
+        (
+            "hours for one address",
+            f"{told.address_hours:,.1f}",
+            f"{forecast.VIDEOS_PER_HOUR} videos/h",
+        ),
+        line("frames, at most", told.frames),
+        line("dataset, GB, at most", told.dataset_bytes, 1e9, 2),
+        line("disk for OUTPUT/work, GB", told.work_bytes, 1e9, 2),
+        line("CPU-hours", told.cpu_hours, 1, 1),
+    ]
+
+
+def save_rows(config: PreprocessConfig, videos: Iterator[Video]) -> None:
+    """Run up to a stage and save the rows that enter the next; the output is locked."""
+    runtime.connect(config.minimum_cpus)
+    with Progress(runtime.console.print) as progress:
+        folder = replay.stop_after(config, videos, progress)
+    say = runtime.console.print
+    say(progress.line())
+    say(f"rows     {folder}")
+    say(f"next     the same command with --replay {replay.stage_after(config)} for --stop-after")
+
+
+def show_replay(config: PreprocessConfig) -> None:
+    """Run one stage on saved rows and print what it changed, video by video."""
+    preprocess.check_weights(config)
+    keys = replay.saved_keys(config)
+    with OutputLock(config.output):
+        runtime.connect(config.minimum_cpus)
+        show_changes(config, keys)
+
+
+def show_changes(config: PreprocessConfig, keys: list[str]) -> None:
+    """Replay on the rows of these videos; the output is locked."""
+    say = runtime.console.print
+    differing = compared = 0
+    for told in replay.replay(config, keys):
+        say(f"{told['key']}  {told['seconds']:.2f} s")
+        for change in told["changes"] or ["nothing changed"]:
+            say(f"  {change}")
+        if told["since"] is not None:
+            compared += 1
+            differing += bool(told["since"])
+            for change in told["since"]:
+                say(f"  since the last replay: {change}")
+    say(f"{len(keys)} videos through {config.replay}")
+    if compared:
+        say(f"{differing} of {compared} are not what the last replay made of them")
 
 
 def metrics(outcome: Outcome) -> dict[str, float]:

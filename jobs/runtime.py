@@ -21,7 +21,7 @@ from rich.console import Console
 from models.frozen.weights import WeightsError
 from pipelines import storage
 from pipelines.download import public
-from pipelines.preprocess import ConfigError, NothingUsableError
+from pipelines.output import CONFIG, ConfigError, NothingUsableError, flatten
 from pipelines.shards import DatasetError
 from pipelines.tracking import TrackingError
 from pipelines.voxceleb import ListError
@@ -106,18 +106,7 @@ def record(config: Any, output: str) -> dict[str, Any]:
         console.print(f"  {group + ': ' if group else ''}{told}")
     content = {"config": nested, "code": code_version()}
     data = json.dumps(content, indent=1, sort_keys=True).encode()
-    storage.write_atomic(storage.join(output, "config.json"), data)
-    return flat
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` → ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
+    storage.write_atomic(storage.join(output, CONFIG), data)
     return flat
 
 

@@ -1,8 +1,7 @@
-"""Stage 6. What is seen in each window: 19 labels a pixel, and which way the head looks. CPU, or a GPU for networks.
+"""Stage 7. What is seen in each window: 19 labels a pixel. CPU, or a GPU for networks.
 
-A video whose frames passed the identity check comes in, so that nothing is labelled that is thrown away. Out come, for each
-open track, one ``KEY.NNNNNN.png`` per frame right after its ``.jpg`` (unless the parser is ``none``), and three more columns of
-``KEY.scores.npy``, :data:`POSE_COLUMNS`, with their medians in the track. No frame is dropped here.
+A video whose frames passed every check comes in, so that nothing is labelled that is thrown away. Out comes, for each open
+track, one ``KEY.NNNNNN.png`` per frame right after its ``.jpg``, unless the parser is ``none``. No frame is dropped here.
 """
 
 from __future__ import annotations
@@ -17,19 +16,16 @@ from numpy.typing import NDArray
 
 from models.frozen import parsing, weights
 from models.frozen.parsing import Labels, Parser, ParsingLabel
-from pipelines.geometry import Floats, Image, invert, transform
-from pipelines.headpose import head_pose
+from pipelines.geometry import Floats, Image, transform
 from pipelines.schema import (
     Member,
     StageResources,
-    Track,
     Video,
     VideoRow,
     add_actors,
     batched,
     frame_member,
     npy_array,
-    npy_bytes,
     run_stage,
 )
 
@@ -38,16 +34,13 @@ if TYPE_CHECKING:
 
 ParserChoice = Literal["none", "geometric", "bisenet", "unet19"]
 
-POSE_COLUMNS = ("yaw", "pitch", "roll")
-"""Last columns of ``KEY.scores.npy``, degrees; :func:`pipelines.headpose.head_pose` has the signs."""
-
 WINDOWS_AT_ONCE = 64
 """Decoded windows held in memory, of all tracks of a video, and given to the parser together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotateConfig:
-    """Face parsing and head pose."""
+    """Face parsing."""
 
     parser: ParserChoice = "geometric"
     """``geometric`` (no weights, 40 ms a window on a CPU, coarse), ``bisenet`` (wants a GPU), ``unet19`` (for tests), or
@@ -61,14 +54,11 @@ def weight_names(config: AnnotateConfig) -> tuple[str, ...]:
     return () if config.parser == "none" else parsing.WEIGHTS[config.parser]
 
 
-def describe(crop: Mapping[str, Any], config: AnnotateConfig) -> dict[str, Any]:
-    """``pipelines.crops.describe`` with what this stage adds: score columns, the parser, and what its labels mean."""
-    labels = (
-        {}
-        if config.parser == "none"
-        else {"labels": [label.name.lower() for label in ParsingLabel]}
-    )
-    return {**crop, "scores": [*crop["scores"], *POSE_COLUMNS], "parser": config.parser, **labels}
+def describe(config: AnnotateConfig) -> dict[str, Any]:
+    """What a reader must know about the labels: the parser, and what they mean."""
+    if config.parser == "none":
+        return {"parser": "none"}
+    return {"parser": config.parser, "labels": [label.name.lower() for label in ParsingLabel]}
 
 
 def encode_labels(labels: Labels) -> bytes:
@@ -114,26 +104,6 @@ def frame_mask(matrix: Floats, frame: tuple[int, int], size: int) -> NDArray[np.
     return mask.astype(bool)
 
 
-def poses(landmarks: Floats, matrices: Floats) -> NDArray[np.float32]:
-    """(n, 3) :data:`POSE_COLUMNS` of windows' landmarks (n, 68, 2) and matrices (n, 2, 3), seen in the frame."""
-    found = [
-        head_pose(transform(invert(matrix), points))
-        for matrix, points in zip(matrices, landmarks, strict=True)
-    ]
-    return np.array(found, dtype=np.float32).reshape(-1, len(POSE_COLUMNS))
-
-
-def add_poses(video: Video, track: Track, content: dict[str, bytes]) -> Track:
-    """Append the pose columns to a track's scores in ``content``, by member name; returns the track with the medians."""
-    key = video.track_key(track)
-    arrays = [npy_array(content[f"{key}.{name}.npy"]) for name in ("landmarks", "matrix", "scores")]
-    found = poses(arrays[0], arrays[1])
-    content[f"{key}.scores.npy"] = npy_bytes(np.concatenate([arrays[2], found], axis=1))
-    medians = np.median(found, axis=0)
-    named = {name: round(float(v), 4) for name, v in zip(POSE_COLUMNS, medians, strict=True)}
-    return replace(track, scores=track.scores | named)
-
-
 def parse_tracks(video: Video, content: Mapping[str, bytes], parser: Parser) -> dict[str, bytes]:
     """Label all windows of all open tracks of a video, many at a time.
 
@@ -171,25 +141,19 @@ def annotate(
     """Annotate all open tracks of a video.
 
     Args:
-        video: with embedded tracks.
+        video: with judged tracks.
         members: of its open tracks.
         parser: of ``config.parser``; None for ``none``.
         config: of the stage.
 
     Returns:
-        the video, its open tracks with the medians of their poses, and its members with longer scores and with labels.
+        the video, and its members with labels.
     """
-    content = dict(members)
-    tracks = tuple(
-        add_poses(video, track, content) if track.state == "open" else track
-        for track in video.tracks
-    )
-    video = replace(video, tracks=tracks)
     if parser is None:
-        return video, list(content.items())
-    labels = parse_tracks(video, content, parser)
+        return video, members
+    labels = parse_tracks(video, dict(members), parser)
     longer: list[Member] = []
-    for name, data in content.items():
+    for name, data in members:
         longer.append((name, data))
         if name in labels:
             longer.append((name.removesuffix(".jpg") + ".png", labels[name]))

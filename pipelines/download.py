@@ -1,4 +1,4 @@
-"""Stage 1. VideoRow → VideoRow, same count: fetch, check, hash and probe each video. Network.
+"""Stage 2. VideoRow → VideoRow, same count: fetch, check, hash and probe each video. Network.
 
 A child process (:mod:`pipelines.fetch_process`) runs yt-dlp and looks at the file; this side holds the wall clock,
 keeps secrets out of rows, and puts whole files into a cache where their name is their content::
@@ -311,8 +311,8 @@ def run_child(request: Request, folder: Path) -> dict[str, Any]:
     return answer
 
 
-def make_request(config: DownloadConfig, **target: str) -> Request:
-    """The request for ``url=`` or ``path=``, with the cookies and the proxy of this machine."""
+def make_request(config: DownloadConfig, **target: Any) -> Request:
+    """The request for ``url=`` (and ``metadata_only=``) or ``path=``, with the cookies and the proxy of this machine."""
     return Request(
         deadline_seconds=config.deadline_seconds,
         min_height=config.min_height,

@@ -98,6 +98,8 @@ class Request:
     """Path of a Netscape cookie file."""
     proxy: str = ""
     """URL of a proxy, with its password if it has one."""
+    metadata_only: bool = False
+    """Ask the site what it offers and fetch nothing of it."""
 
 
 class RefusedError(Exception):
@@ -212,16 +214,7 @@ def download(request: Request, folder: Path) -> tuple[Path, dict[str, Any]]:
         RefusedError: not wanted.
         Exception: whatever yt-dlp raises; :func:`cause_of` reads it.
     """
-    import yt_dlp
-
-    class HttpOnly(yt_dlp.YoutubeDL):
-        """Redirects are followed below ``urlopen``, by a session that knows http and https only."""
-
-        def urlopen(self, req: Any) -> Any:
-            require_http(req if isinstance(req, str) else req.url)
-            return super().urlopen(req)
-
-    with HttpOnly(_options(request, folder)) as ydl:
+    with _downloader(request, folder) as ydl:
         offer = ydl.extract_info(request.url, download=False)
         check_offer(offer, request)
         with watch_rate(request, folder) as received:
@@ -231,6 +224,28 @@ def download(request: Request, folder: Path) -> tuple[Path, dict[str, Any]]:
     if not files:
         raise RefusedError(Cause.DOWNLOAD_EMPTY, "yt-dlp wrote no file")
     return files[0], _source(offer)
+
+
+def look(request: Request, folder: Path) -> dict[str, Any]:
+    """What :func:`download` would fetch, and ``filesize`` in bytes where the site tells; raises as it does."""
+    with _downloader(request, folder) as ydl:
+        offer = ydl.extract_info(request.url, download=False)
+        check_offer(offer, request)
+    size = offer.get("filesize") or offer.get("filesize_approx")
+    return _source(offer) | ({"filesize": size} if size else {})
+
+
+def _downloader(request: Request, folder: Path) -> Any:
+    import yt_dlp
+
+    class HttpOnly(yt_dlp.YoutubeDL):
+        """Redirects are followed below ``urlopen``, by a session that knows http and https only."""
+
+        def urlopen(self, req: Any) -> Any:
+            require_http(req if isinstance(req, str) else req.url)
+            return super().urlopen(req)
+
+    return HttpOnly(_options(request, folder))
 
 
 @contextlib.contextmanager
@@ -402,6 +417,8 @@ def answer(request: Request, folder: Path) -> dict[str, Any]:
     try:
         path = Path(request.path)
         source: dict[str, Any] = {}
+        if request.metadata_only:
+            return {"file": "", "probe": {}, "source": look(request, folder)}
         if request.url:
             path, source = download(request, folder)
         info = require_whole(path, source.get("duration") or 0.0)

@@ -266,6 +266,12 @@ class Candidate:
     """Official split of the list, or empty."""
     embedding: ArrayLike
     """(d,) unit mean of the frames' embeddings; kept as float32."""
+    window_side: float = 0.0
+    """Median side of its windows in source pixels."""
+    hash_marks: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 3), np.float32))
+    """(k, 3) of its hashed windows the time, and where the face is in the frame: shares of width and height."""
+    hashes: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 32), np.uint8))
+    """(k, 32) perceptual hashes of those windows."""
 
     def __post_init__(self) -> None:
         # a million tuples of 128 Python numbers would take 4 GB

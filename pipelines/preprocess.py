@@ -1,10 +1,10 @@
-"""Stages 1–7 chained into one Ray Data plan: a list of videos becomes a published dataset. The data half starts here.
+"""Stages 1–8 chained into one Ray Data plan: a list of videos becomes a published dataset. The data half starts here.
 
-    voxceleb.read_list → download → tracks → crops → identities (embed) → annotate → shards (commit)      a row is a video
-        → identities (filter, split) → shards (pack) → index, ledger, report → dataset.json    a row is a shard
+    voxceleb.read_list → download → tracks → crops → identities (embed) → quality → annotate → shards (commit)
+        → quality (copies) → identities (filter, split) → shards (pack) → index, ledger, report → dataset.json
 
 Everything may be killed at any time: committed videos are skipped by the next run of the same command, and what is
-published depends on the commits only.
+published depends on the commits only. A row is a video until it is committed, then a shard.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import hashlib
 import json
 import logging
 import os
-import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
 import pyarrow.compute as pc
 
 from models.frozen import weights
@@ -33,13 +32,15 @@ from pipelines import (
     crops,
     download,
     identities,
+    quality,
     report,
     shards,
     storage,
     tracks,
     voxceleb,
 )
-from pipelines.schema import SCHEMA_VERSION, Video, batched, one_line, to_row
+from pipelines.output import ConfigError, NothingUsableError, flatten, require_same_recipe
+from pipelines.schema import SCHEMA_VERSION, Video, batched, to_row
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -53,18 +54,14 @@ OPERATIONAL = (
     "keep_work",
     "window",
     "max_attempts",
+    "plan",
+    "plan_videos",
+    "stop_after",
+    "replay",
     "tracks.decoder.deadline_seconds",
     "tracks.decoder.videos_per_child",
 )
 """Fields that change how a run goes but not what it makes; neither does any ``resources``."""
-
-
-class ConfigError(ValueError):
-    """The arguments contradict themselves, the output, or another run: one line, exit code 2."""
-
-
-class NothingUsableError(RuntimeError):
-    """Nothing can be published: one line that says why, exit code 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +83,10 @@ class PreprocessConfig:
     """Landmarks and windows."""
     identities: identities.IdentitiesConfig = field(default_factory=identities.IdentitiesConfig)
     """Embedding, identity filter and split."""
+    quality: quality.QualityConfig = field(default_factory=quality.QualityConfig)
+    """Head pose; which frames, tracks and copies are worth keeping."""
     annotate: annotate.AnnotateConfig = field(default_factory=annotate.AnnotateConfig)
-    """Face parsing and head pose."""
+    """Face parsing."""
     shards: shards.ShardsConfig = field(default_factory=shards.ShardsConfig)
     """Packing."""
     keep_work: bool = False
@@ -96,12 +95,26 @@ class PreprocessConfig:
     """Videos per Ray Data plan, at most 5000: bounds the memory of driver and object store for any list."""
     max_attempts: int = 3
     """Runs that try a video whose failure may pass (rate limits, network) before it is left as failed."""
+    plan: bool = False
+    """Only forecast: ask about a sample of the list, print survivors, gigabytes and hours, fetch and write nothing."""
+    plan_videos: int = 20
+    """Videos that --plan asks about."""
+    stop_after: Literal["", "download", "tracks", "crops", "identities", "quality"] = ""
+    """For work on one stage: run all videos up to and with this one, save the rows below OUTPUT/work/rows, publish
+    nothing."""
+    replay: Literal["", "tracks", "crops", "identities", "quality", "annotate"] = ""
+    """For work on one stage: run it alone on the rows that --stop-after saved for it, with any configuration, and print
+    what it changed."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.window <= 5000:
             raise ValueError(f"window must be between 1 and 5000 videos, got {self.window}")
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts must be at least 1, got {self.max_attempts}")
+        if self.plan_videos < 1:
+            raise ValueError(f"plan_videos must be at least 1, got {self.plan_videos}")
+        if self.plan + bool(self.stop_after) + bool(self.replay) > 1:
+            raise ValueError("plan, stop_after and replay are three different things: give one")
 
     @property
     def stages(self) -> tuple[Any, ...]:
@@ -111,6 +124,7 @@ class PreprocessConfig:
             self.tracks,
             self.crops,
             self.identities,
+            self.quality,
             self.annotate,
             self.shards,
         )
@@ -126,19 +140,11 @@ class PreprocessConfig:
     def recipe(self) -> dict[str, Any]:
         """The part of the configuration that decides what the dataset contains, flat."""
         flat = {}
-        for name, value in _flat(download.public(dataclasses.asdict(self)), ""):
+        for name, value in flatten(download.public(dataclasses.asdict(self))).items():
             operational = name in OPERATIONAL or ".resources." in name
             if not operational and name not in download.OPERATIONAL:
                 flat[name] = value
         return flat
-
-
-def _flat(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,15 +167,12 @@ def check(config: PreprocessConfig) -> None:
         ConfigError: the output holds something else, or a dataset of another recipe.
         models.frozen.weights.WeightsError: a network's file is missing or damaged.
     """
-    try:
-        _check_output(config)
-    except ConfigError:
-        raise
-    except (
-        Exception
-    ) as error:  # every kind of storage has its own kinds; to the user they all say this
-        reason = f"{type(error).__name__}: {one_line(str(error), 200)}"
-        raise ConfigError(f"--output {config.output}: cannot be used: {reason}") from error
+    require_same_recipe(config.output, config.recipe)
+    check_weights(config)
+
+
+def check_weights(config: PreprocessConfig) -> None:
+    """Raises :class:`models.frozen.weights.WeightsError` if a network's file is missing or damaged."""
     for name in (
         *tracks.weight_names(config.tracks),
         *crops.weight_names(config.crops),
@@ -179,104 +182,21 @@ def check(config: PreprocessConfig) -> None:
         weights.find(name)
 
 
-def _check_output(config: PreprocessConfig) -> None:
-    uri = storage.join(config.output, "config.json")
-    try:
-        before = json.loads(storage.read_bytes(uri))["config"]
-    except FileNotFoundError:
-        if [name for name in storage.names_below(config.output) if not name.startswith("work/")]:
-            raise ConfigError(
-                f"--output {config.output}: holds files but no HeadRay config.json; give an empty folder"
-            ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{uri}: not a configuration of HeadRay ({error})") from None
-    else:
-        old = {
-            name: value
-            for name, value in _flat(before, "")
-            if name in config.recipe or not name.startswith(OPERATIONAL)
-        }
-        differs = [
-            f"{name} was {old.get(name)!r}, now {value!r}"
-            for name, value in config.recipe.items()
-            if old.get(name) != value
-        ]
-        if differs:
-            raise ConfigError(
-                f"--output {config.output}: begun with another configuration ({'; '.join(differs)}); "
-                "use those values again or another --output"
-            )
-    probe = storage.join(config.output, shards.WORK, "write-test")
-    storage.write_atomic(probe, b"ok")
-    storage.remove(probe)
-
-
 def open_list(config: PreprocessConfig) -> Iterator[Video]:
-    """The videos of the list. Raises :class:`voxceleb.ListError` at once if it cannot be read or is empty."""
-    return voxceleb.read_list(
+    """The videos of the list, with their files if an archive is to give them.
+
+    Raises:
+        voxceleb.ListError: at once if the list cannot be read or is empty, or the archive is not there.
+    """
+    videos = voxceleb.read_list(
         config.input,
         config.input_format,
         url_template=config.download.url_template,
         allow_local=config.download.allow_local,
     )
-
-
-@dataclass
-class OutputLock:
-    """Keeps two runs from writing one output. A run that was killed loses it at once on its own machine."""
-
-    output: str
-    stale_seconds: float = 120.0
-
-    def __post_init__(self) -> None:
-        self.uri = storage.join(self.output, shards.WORK, "lock.json")
-        self._stop = threading.Event()
-        self._beat = threading.Thread(target=self._keep, daemon=True)
-
-    def __enter__(self) -> OutputLock:
-        if not storage.create(self.uri, self._content()):
-            owner = self._owner()
-            if owner and self._alive(owner):
-                raise ConfigError(
-                    f"--output {self.output}: another run (host {owner['host']}, process {owner['pid']}) "
-                    "is writing there; wait for it or stop it"
-                )
-            storage.write_atomic(self.uri, self._content())
-        self._beat.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._beat.join()
-        storage.remove(self.uri)
-
-    def _content(self) -> bytes:
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        return json.dumps(owner).encode()
-
-    def _owner(self) -> dict[str, Any]:
-        """Whoever holds the lock; empty when it was killed while it wrote its name."""
-        for _ in range(2):
-            try:
-                owner: dict[str, Any] = json.loads(storage.read_bytes(self.uri))
-            except (ValueError, FileNotFoundError):
-                time.sleep(0.5)  # it may be writing just now
-            else:
-                return owner
-        return {}
-
-    def _alive(self, owner: Mapping[str, Any]) -> bool:
-        if owner["host"] == socket.gethostname():
-            try:
-                started = psutil.Process(owner["pid"]).create_time()
-            except psutil.NoSuchProcess:
-                return False
-            return owner["pid"] != os.getpid() and started < owner["time"]
-        return time.time() - owner["time"] < self.stale_seconds
-
-    def _keep(self) -> None:
-        while not self._stop.wait(self.stale_seconds / 6):
-            storage.write_atomic(self.uri, self._content())
+    if config.download.from_downloads:
+        videos = archive.take_from(config.download.from_downloads, videos)
+    return videos
 
 
 def build_plan(videos: Iterable[Video], config: PreprocessConfig) -> Dataset:
@@ -289,17 +209,31 @@ def build_plan(videos: Iterable[Video], config: PreprocessConfig) -> Dataset:
 
     rows = [to_row(video) for video in videos]
     dataset: Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    dataset = download.add_downloads(dataset, config.download, cache_uri(config))
-    dataset = tracks.add_tracks(dataset, config.tracks)
-    dataset = crops.add_crops(dataset, config.crops, config.tracks.decoder)
-    dataset = identities.add_embeddings(dataset, config.identities)
-    dataset = annotate.add_annotations(dataset, config.annotate)
-    return shards.add_commits(dataset, config.output, describe_crop(config), config.shards)
+    for add in stage_adders(config).values():
+        dataset = add(dataset)
+    return shards.add_commits(dataset, config.output, describe_windows(config), config.shards)
 
 
-def describe_crop(config: PreprocessConfig) -> dict[str, Any]:
+def stage_adders(config: PreprocessConfig) -> dict[str, Callable[[Dataset], Dataset]]:
+    """By name, in order, what appends each stage between list and commit to a plan over rows of videos."""
+    window = quality.Window(size=config.crops.size, columns=crops.SCORE_COLUMNS)
+    return {
+        "download": partial(
+            download.add_downloads, config=config.download, cache=cache_uri(config)
+        ),
+        "tracks": partial(tracks.add_tracks, config=config.tracks),
+        "crops": partial(crops.add_crops, config=config.crops, decoder=config.tracks.decoder),
+        "identities": partial(identities.add_embeddings, config=config.identities),
+        "quality": partial(quality.add_quality, window=window, config=config.quality),
+        "annotate": partial(annotate.add_annotations, config=config.annotate),
+    }
+
+
+def describe_windows(config: PreprocessConfig) -> dict[str, Any]:
     """What a reader must know about the windows of a dataset and what is stored with them."""
-    return annotate.describe(crops.describe(config.crops), config.annotate)
+    told = crops.describe(config.crops)
+    scores = [*told["scores"], *quality.SCORE_COLUMNS]
+    return told | {"scores": scores} | annotate.describe(config.annotate)
 
 
 def cache_uri(config: PreprocessConfig) -> str:
@@ -321,12 +255,7 @@ def run(config: PreprocessConfig, videos: Iterable[Video], progress: Progress) -
         NothingUsableError: nothing passed; ledger and report are written all the same. Or the canary failed.
     """
     started = time.perf_counter()
-    configure_ray_data(config)
-    storage.remove_temporary(config.output)
-    if storage.exists(storage.join(config.output, UNNEEDED)):
-        drop_work(config.output)
-    if config.download.canary:
-        require_canary(config.download)
+    prepare(config)
     keys, stage_seconds, new_videos = process(config, videos, progress)
     manifest, retryable = publish(config, keys, progress)
     if not config.keep_work and not retryable:
@@ -338,6 +267,20 @@ def run(config: PreprocessConfig, videos: Iterable[Video], progress: Progress) -
         new_videos=new_videos,
         retryable=retryable,
     )
+
+
+def prepare(config: PreprocessConfig) -> None:
+    """What comes before the first video: what killed runs left goes, and the canary is fetched.
+
+    Raises:
+        NothingUsableError: the canary failed.
+    """
+    configure_ray_data(config)
+    storage.remove_temporary(config.output)
+    if storage.exists(storage.join(config.output, UNNEEDED)):
+        drop_work(config.output)
+    if config.download.canary:
+        require_canary(config.download)
 
 
 def drop_work(output: str) -> None:
@@ -396,8 +339,6 @@ def process(
     keys: list[str] = []
     seconds: Counter[str] = Counter()
     count = 0
-    if config.download.from_downloads:
-        videos = archive.take_from(config.download.from_downloads, videos)
     for window in batched(videos, config.window):
         keys += [video.key for video in window]
         progress.listed(len(keys))
@@ -484,9 +425,12 @@ def publish(
                         frames=commit.frames[key],
                         split=video.split,
                         embedding=track.embedding,
+                        window_side=track.scores["window_side"],
+                        hash_marks=quality.hash_marks(track.hashes),
+                        hashes=quality.hash_bytes(track.hashes),
                     )
                 )
-    decisions = identities.decide(candidates, config.identities)
+    decisions = decide(candidates, config)
     kept = [
         (decisions[item.key].split, item.identity, slices[item.key])
         for item in candidates
@@ -529,7 +473,7 @@ def publish(
         "list_sha256": list_sha256,
         "counts": tally.counts(),
         "splits": tally.splits(),
-        "members": describe_crop(config) | identities.describe(config.identities),
+        "members": describe_windows(config) | identities.describe(config.identities),
         "buckets": buckets,
         "shards": listing,
         "index": shards.write_index(records, output) if records else {},
@@ -548,6 +492,19 @@ def publish(
         if name not in named:
             storage.remove(storage.join(output, "shards", name))
     return manifest, retryable
+
+
+def decide(
+    candidates: list[identities.Candidate], config: PreprocessConfig
+) -> dict[str, identities.Decision]:
+    """Which tracks are published in which split, by key: copies go first, so that they count for nothing else."""
+    copies = quality.find_duplicates(candidates, config.quality)
+    single = [item for item in candidates if item.key not in copies]
+    decisions = identities.decide(single, config.identities)
+    splits = {item.key: item.split for item in candidates}
+    for key, (cause, detail) in copies.items():
+        decisions[key] = identities.Decision(split=splits[key], cause=cause.value, detail=detail)
+    return decisions
 
 
 class Tally:

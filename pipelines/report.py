@@ -1,4 +1,4 @@
-"""Stage 8. Ledger, samples and manifest → one self-contained HTML page: what is in a dataset, what is not, and why. CPU.
+"""Stage 9. Ledger, samples and manifest → one self-contained HTML page: what is in a dataset, what is not, and why. CPU.
 
 Lists come from anywhere, so every text is escaped and no address becomes a link. Everything shown is capped and what
 is capped says so: the page of a million videos is as long as that of a hundred.

@@ -79,6 +79,7 @@ class Cause(StrEnum):
     VIDEO_HDR = "video: hdr"
     VIDEO_INTERLACED = "video: interlaced"
     VIDEO_DEADLINE = "video: deadline"
+    VIDEO_BLACK = "video: black"
 
     TIMELINE_SHORT = "timeline: short"
     TIMELINE_EDITED = "timeline: edited"
@@ -94,6 +95,16 @@ class Cause(StrEnum):
     CROP_SMALL = "crop: small window"
     CROP_OUTSIDE = "crop: outside frame"
     CROP_FEW_FRAMES = "crop: few frames"
+
+    CLIP_STATIC = "clip: static"
+
+    QUALITY_UNSURE = "quality: unsure detection"
+    QUALITY_SMALL = "quality: small face"
+    QUALITY_BLURRED = "quality: blurred"
+    QUALITY_POSE = "quality: extreme pose"
+    QUALITY_REPEATED = "quality: repeated frame"
+    QUALITY_FEW_FRAMES = "quality: few frames"
+    QUALITY_DUPLICATE = "quality: duplicate"
 
     IDENTITY_DRIFT = "identity: drift"
     IDENTITY_DISAGREES = "identity: disagrees"
@@ -187,6 +198,9 @@ class Track:
     """Medians over the kept frames (window side, share inside the frame, ...) and embedding agreement."""
     embedding: tuple[float, ...] = ()
     """Mean identity embedding, unit length. Empty before the identities stage."""
+    hashes: tuple[tuple[float, float, float, str], ...] = ()
+    """Of some windows the time, the middle of the face (shares of the frame's width and height) and a perceptual hash,
+    hexadecimal: finds the same clip in another upload. Empty before quality."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +288,10 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-STAGES = ("list", "download", "video", "timeline", "annotation", "track", "crop", "identity")
+STAGES = (
+    "list", "download", "video", "timeline", "annotation", "track", "crop", "identity", "clip",
+    "quality",
+)  # fmt: skip
 """Stages that causes name, in the order a video passes them."""
 
 

@@ -1,4 +1,4 @@
-"""Stage 7. Video rows ↔ dataset on disk: commits, WebDataset shards, index, ledger, manifest. CPU.
+"""Stage 8. Video rows ↔ dataset on disk: commits, WebDataset shards, index, ledger, manifest. CPU.
 
 Exactly once, in two steps. *Commit*: each video's result becomes one tar under ``work/parts`` and then one JSON that
 names its sha256; the JSON is the commit, and a retry writes the same names with the same bytes. *Publish*: commits are

@@ -47,9 +47,14 @@ annotated ones on the test list, their centres at most 0.1 away."""
 # ------------------------------------------------------------------------------------------ to pixels
 
 
-def boxes_in_pixels(span: Span, size: tuple[int, int]) -> Floats:
-    """A span's boxes in pixels of the displayed frame of ``size`` (width, height): (n, 4)."""
-    width, height = size
+def boxes_in_pixels(span: Span, area: ArrayLike) -> Floats:
+    """A span's boxes in pixels of the displayed frame: (n, 4).
+
+    Args:
+        area: (4,) left, top, right, bottom of what the annotators saw: the frame, or the part inside black bars.
+    """
+    left, top, right, bottom = np.asarray(area, dtype=np.float64).tolist()
+    width, height = right - left, bottom - top
     scale = {
         "fraction": (width, height),
         "height360": (height / 360, height / 360),
@@ -58,22 +63,24 @@ def boxes_in_pixels(span: Span, size: tuple[int, int]) -> Floats:
             height / span.reference[1] if span.reference[1] else 1.0,
         ),
     }[span.units]
-    return np.asarray(span.boxes, dtype=np.float64).reshape(-1, 4) * [*scale, *scale]
+    boxes = np.asarray(span.boxes, dtype=np.float64).reshape(-1, 4) * [*scale, *scale]
+    return boxes + np.array([left, top, left, top])
 
 
-def stretch(spans: Iterable[Span], size: tuple[int, int]) -> float:
-    """How many times wider than what was annotated our frame of ``size`` (width, height) shows things: 1 if alike.
+def stretch(spans: Iterable[Span], area: ArrayLike) -> float:
+    """How many times wider than what was annotated ``area`` (4,) of our frame shows things: 1 if alike.
 
     Boxes of VoxCeleb are square in pixels, so their median width over height tells. A box that never changes came
     from a table and may have any shape; if it says what frame its pixels refer to, that frame's aspect tells.
     """
     ratios = [np.empty(0)]
+    shown = box_sizes(area)
     for span in spans:
         if span.units == "pixels" and all(span.reference):
             width, height = span.reference
-            ratios.append(np.array([size[0] / size[1] * height / width]))
+            ratios.append(np.array([shown[0] / shown[1] * height / width]))
         elif len(set(span.boxes)) > 1:
-            sides = box_sizes(boxes_in_pixels(span, size))
+            sides = box_sizes(boxes_in_pixels(span, area))
             ratios.append(sides[:, 0] / sides[:, 1])
     known = np.concatenate(ratios)
     return float(np.median(known)) if len(known) else 1.0

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from models.frozen import weights
 from models.frozen.detector import Detector, DetectorName, load_detector
-from pipelines import storage
+from pipelines import bars, storage
 from pipelines.geometry import (
     Floats,
     Image,
@@ -458,9 +458,13 @@ class Utterance:
 
 
 def plan_utterances(
-    spans: Iterable[Span], info: VideoInfo, times: NDArray[np.float64], config: TracksConfig
+    spans: Iterable[Span], area: Floats, times: NDArray[np.float64], config: TracksConfig
 ) -> tuple[list[Utterance], list[Found]]:
-    """What to search, in order of time; spans or parts of them beyond the budget as rejected tracks."""
+    """What to search, in order of time; spans or parts of them beyond the budget as rejected tracks.
+
+    Args:
+        area: (4,) part of the frame that was annotated.
+    """
     ordered = sorted(spans, key=lambda span: (span.times[0], span.name))
     wanted = [
         grid_frames(
@@ -474,7 +478,7 @@ def plan_utterances(
     budget = config.max_frames_per_video
     utterances, left_out = [], []
     for span, (frames, left) in zip(ordered, within_budget(wanted, budget), strict=True):
-        boxes = boxes_in_pixels(span, (info.width, info.height))
+        boxes = boxes_in_pixels(span, area)
         known = np.array(span.times)
         utterances.append(Utterance(span, known, boxes, frames, cut_off=len(left) > 0))
         if len(left):
@@ -674,6 +678,28 @@ def to_sightings(
     return sightings
 
 
+def annotated_area(
+    spans: Sequence[Span], path: str, info: VideoInfo, decoder: Decoder
+) -> tuple[Floats, str]:
+    """The part of the frame that was annotated, (4,), and why there is none, if so.
+
+    The whole frame, where that makes annotated boxes square; else what is inside its black bars.
+    """
+    frame = np.array([0.0, 0.0, info.width, info.height])
+    aspect = stretch(spans, frame)
+    if abs(aspect - 1) <= ASPECT_TOLERANCE:
+        return frame, ""
+    told = f"{info.width}x{info.height} shows the annotated picture {aspect:.3f} times as wide"
+    inside = bars.content_area(bars.brightest(path, info, decoder))
+    if inside.tolist() == frame.tolist():
+        return frame, told
+    aspect = stretch(spans, inside)
+    if abs(aspect - 1) <= ASPECT_TOLERANCE:
+        return inside, ""
+    width, height = box_sizes(inside)
+    return frame, f"{told}; the {width:.0f}x{height:.0f} inside its black bars {aspect:.3f} times"
+
+
 def follow_annotation(
     video: Video,
     path: str,
@@ -688,21 +714,21 @@ def follow_annotation(
     if info.duration < last - SHORT_SECONDS:
         detail = f"lasts {info.duration:.2f} s, annotated to {last:.2f} s"
         return reject(video, Cause.TIMELINE_SHORT, detail), []
-    aspect = stretch(spans, (info.width, info.height))
-    if abs(aspect - 1) > ASPECT_TOLERANCE:
-        detail = (
-            f"{info.width}x{info.height} shows the annotated picture {aspect:.3f} times as wide"
-        )
-        return reject(video, Cause.ANNOTATION_ASPECT, detail), []
+    area, objection = annotated_area(spans, path, info, decoder)
+    if objection:
+        return reject(video, Cause.ANNOTATION_ASPECT, objection), []
     times = frame_times(path)
-    utterances, found = plan_utterances(spans, info, times, config)
+    utterances, found = plan_utterances(spans, area, times, config)
     cuts = search_utterances(path, info, times, utterances, decoder, detector, config)
     timemap = measure(utterances, times, prior_shift(info.fps))
     matches = [match(utterance, times, timemap) for utterance in utterances]
-    video = replace(video, shift=describe(matches, times, timemap))
-    objection = judge([m.overlap for m in matches], config)
-    if objection:
-        return reject(video, *objection), []
+    shift = describe(matches, times, timemap)
+    if area.tolist() != [0, 0, info.width, info.height]:
+        shift["content"] = area.tolist()
+    video = replace(video, shift=shift)
+    refusal = judge([m.overlap for m in matches], config)
+    if refusal:
+        return reject(video, *refusal), []
     taken: set[int] = set()
     for utterance, m in zip(utterances, matches, strict=True):
         sightings = to_sightings(m, times, taken, config.min_overlap)
@@ -921,6 +947,14 @@ def follow_detection(
 # ------------------------------------------------------------------------------------------------- the stage
 
 
+def tell_black(video: Video, path: str, info: VideoInfo, decoder: Decoder) -> Video:
+    """A video without a face: because it is black, or as it was."""
+    if not bars.is_black(bars.brightest(path, info, decoder)):
+        return video
+    detail = f"{bars.SAMPLES} frames from all over the video show nothing"
+    return reject(video, Cause.VIDEO_BLACK, detail)
+
+
 def follow(video: Video, decoder: Decoder, detector: Detector, config: TracksConfig) -> Video:
     """Find the tracks of one video that has been fetched.
 
@@ -947,9 +981,13 @@ def follow(video: Video, decoder: Decoder, detector: Detector, config: TracksCon
                 kept = (track for _, track in found if track.state == "open")
                 taken = {index for track in kept for index in track.indices}
                 found += follow_detection(video, *args, taken)
+            if video.live:
+                video = finish(video, found, config.max_frames_per_video)
+            if video.cause == Cause.TRACK_NO_FACE.value:
+                video = tell_black(video, str(local), info, decoder)
     except VideoError as error:
         return reject(video, error.cause, error.detail)
-    return finish(video, found, config.max_frames_per_video) if video.live else video
+    return video
 
 
 class Tracker:

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import report, shards, storage
-from pipelines.preprocess import OutputLock, Tally
+from pipelines.output import OutputLock
+from pipelines.preprocess import Tally
 from pipelines.schema import Video
 from pipelines.shards import DatasetError
 
@@ -62,7 +63,7 @@ def repair(output: str) -> Repair:
 
     Raises:
         DatasetError: not a dataset.
-        preprocess.ConfigError: another job is writing there.
+        output.ConfigError: another job is writing there.
     """
     shards.read_manifest(output)
     result = Repair(done=[], left=[])
@@ -184,7 +185,7 @@ def take_down(
     Raises:
         DatasetError: not a dataset, a name it has never heard of (nothing is changed then), or a damaged shard that
             would have to be written again.
-        preprocess.ConfigError: another job is writing there.
+        output.ConfigError: another job is writing there.
     """
     shards.read_manifest(output)
     left: list[str] = []

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.frozen.parsing import ParsingLabel
-from pipelines import annotate, crops, report, shards
-from pipelines.annotate import AnnotateConfig, encode_labels
+from pipelines import report, shards
+from pipelines.annotate import encode_labels
 from pipelines.crops import CropsConfig
-from pipelines.preprocess import PreprocessConfig, Tally
+from pipelines.preprocess import PreprocessConfig, Tally, describe_windows
 from pipelines.schema import (
     SCHEMA_VERSION,
     Cause,
@@ -28,7 +28,7 @@ from pipelines.schema import (
     reject_track,
 )
 
-CROP = annotate.describe(crops.describe(CropsConfig(size=128)), AnnotateConfig())
+CROP = describe_windows(PreprocessConfig(input="list", output="out", crops=CropsConfig(size=128)))
 CONFIG = PreprocessConfig(input="list", output="out").recipe
 
 Made = tuple[Video, list[Member]]
@@ -145,7 +145,7 @@ def made_video(identity: str, video: str, tracks: int = 2, frames: int = 5, **fi
         key = made.track_key(track)
         landmarks = np.stack([face_points(size, turn) for turn in turns])
         matrix = np.tile(np.array([[0.2, 0, 0], [0, 0.2, 0]], np.float32), (frames, 1, 1))
-        row = np.array([700.0, inside, 0.99, 50.0, 5.0, -3.0, 1.0], np.float32)
+        row = np.array([700.0, inside, 0.99, 50.0, 400.0, 5.0, -3.0, 1.0, 20.0], np.float32)
         scores = np.tile(row, (frames, 1))
         members += [
             (f"{key}.landmarks.npy", npy_bytes(landmarks)),

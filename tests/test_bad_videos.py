@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 GOOD = demo.Clip(
     identity="id00001", video="good-mp4", size=(960, 540), scale=1.25, seconds=1.8, seed=3
 )
+NARROW = replace(GOOD, video="pillar-boxed", size=(720, 540), seed=6)
 LINE = "000010 \t0.400 \t0.200 \t0.200 \t0.356 \n"
 
 
@@ -48,6 +49,48 @@ def variable(folder: Path) -> Path:
     return film(folder, GOOD, "variable.mp4", times=list(np.cumsum(steps) - steps[0]))
 
 
+def still(folder: Path, name: str, shots: list[tuple[demo.Clip, float]]) -> Path:
+    """Stills one after the other, each shown for so many seconds, every frame with its own noise."""
+    portrait, coffee = skimage.data.astronaut(), skimage.data.coffee()
+    random = np.random.default_rng(0)
+
+    def pictures() -> Iterator[clips.Picture]:
+        for clip, seconds in shots:
+            homography = demo.motion(clip, np.zeros(1))[0]
+            shown = demo.picture(clip, portrait, coffee, homography, 0.0)
+            for _ in range(round(seconds * 25)):
+                noisy = shown + random.normal(0, 2, shown.shape)
+                yield np.clip(noisy, 0, 255).astype(np.uint8)
+
+    return clips.encode(folder / name, pictures())
+
+
+def frozen(clip: demo.Clip) -> str:
+    """The annotation of a clip whose box never moves from where it is first."""
+    head, rows = demo.annotation(clip).split("FRAME", 1)
+    columns, *lines = rows.strip().splitlines()
+    box = lines[0].split()[1:]
+    told = [" \t".join([line.split()[0], *box]) for line in lines]
+    return "\n".join([f"{head}FRAME {columns}", *told, ""])
+
+
+def pillar_boxed(folder: Path) -> Path:
+    """A 4:3 picture in the middle of a 16:9 frame."""
+    times = demo.frame_times(NARROW)
+    portrait, coffee = skimage.data.astronaut(), skimage.data.coffee()
+    pictures = (
+        np.pad(
+            demo.picture(NARROW, portrait, coffee, homography, 0.0), ((0, 0), (120, 120), (0, 0))
+        )
+        for homography in demo.motion(NARROW, times)
+    )
+    return clips.encode(folder / "pillar.mp4", pictures, fps=NARROW.rate)
+
+
+def black(folder: Path) -> Path:
+    return clips.encode(folder / "black.mp4", [np.zeros((540, 960, 3), np.uint8)] * 45)
+
+
 GOOD_FILES: dict[str, Callable[[Path], Path]] = {
     "good-mp4": lambda folder: film(folder, GOOD, "good.mp4"),
     "av1": lambda folder: film(
@@ -57,6 +100,7 @@ GOOD_FILES: dict[str, Callable[[Path], Path]] = {
     "rotated": lambda folder: film(folder, GOOD, "rotated.mp4", rotation=90),
     "variable-rate": variable,
     "thirty": lambda folder: film(folder, replace(GOOD, rate=Fraction(30)), "thirty.mp4"),
+    "pillar-boxed": pillar_boxed,
 }
 
 BAD = {
@@ -71,6 +115,20 @@ BAD = {
     "negative-boxes": "list: boxes",
     "nan-boxes": "list: boxes",
     "beyond-the-end": "timeline: short",
+    "hdr": "video: hdr",
+    "interlaced": "video: interlaced",
+    "black": "video: black",
+    "static": "clip: static",
+    "slideshow": "clip: static",
+    "stretched": "annotation: aspect",
+}
+SHOTS: dict[str, list[tuple[demo.Clip, float]]] = {
+    "static": [(GOOD, 1.8)],
+    "slideshow": [
+        (GOOD, 1.1),
+        (replace(GOOD, what="coffee"), 0.1),
+        (replace(GOOD, mirrored=True), 0.6),
+    ],
 }
 
 
@@ -90,6 +148,19 @@ def pages(folder: Path) -> dict[str, Page]:
     for name, source, suffix in (("truncated-mp4", mp4, ".mp4"), ("truncated-webm", webm, ".webm")):
         broken = clips.truncate(source, folder / f"{name}{suffix}", 0.6)
         pages[f"/{name}"] = Page(body=broken, type=types[suffix])
+    ten_bits = {"codec": "libx265", "pixel_format": "yuv420p10le", "colour": clips.PQ}
+    odd = {
+        "hdr": film(folder, replace(GOOD, seconds=0.4), "hdr.mp4", **ten_bits),
+        "interlaced": film(
+            folder,
+            replace(GOOD, seconds=0.4),
+            "interlaced.mp4",
+            options={"x264-params": "interlaced=1"},
+        ),
+        "black": black(folder),
+        "stretched": film(folder, replace(GOOD, size=(720, 540)), "stretched.mp4"),
+    } | {name: still(folder, f"{name}.mp4", shots) for name, shots in SHOTS.items()}
+    pages |= {f"/{name}": Page(body=path, type="video/mp4") for name, path in odd.items()}
     audio = clips.encode_audio(folder / "audio.mp4", 2.0)
     pages["/cut-transfer"] = replace(cut_transfer(mp4.read_bytes(), 0.5), type="video/mp4")
     pages["/audio-only"] = Page(body=audio, type="video/mp4")
@@ -113,6 +184,10 @@ def listing(folder: Path) -> Path:
         for video in (*GOOD_FILES, *BAD):
             size, scale = ((1920, 1080), 2.5) if video == "vp9-1080p" else (GOOD.size, GOOD.scale)
             text = demo.annotation(replace(GOOD, video=video, size=size, scale=scale))
+            if video in SHOTS:
+                text = frozen(replace(GOOD, video=video))
+            if video == NARROW.video:
+                text = demo.annotation(NARROW)
             head, rows = text.split("FRAME", 1)
             if video == "malformed-txt":
                 text = head + rows
@@ -141,6 +216,7 @@ def rows(folder: Path, pages: dict[str, Page], listing: Path) -> dict[str, dict[
             f"--download.url-template={site.url('/')}{{video}}",
             "--tracks.min-frames=4",
             "--crops.min-frames=4",
+            "--quality.max-hash-distance=0",  # all good files show one clip
             "--identities.min-track-frames=4",
             "--identities.min-identity-frames=4",
             folder=folder,

@@ -12,7 +12,8 @@ import pytest
 
 from pipelines import preprocess, shards, storage
 from pipelines.download import DownloadConfig
-from pipelines.preprocess import ConfigError, PreprocessConfig, Progress
+from pipelines.output import ConfigError
+from pipelines.preprocess import PreprocessConfig, Progress
 from pipelines.schema import Cause, Video, reject
 from tests.datasets import make_dataset, some_videos
 

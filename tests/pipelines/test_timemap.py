@@ -26,32 +26,44 @@ from tests.clips import as_annotators_saw_it, encode, indexed, read_index
 
 def test_boxes_in_pixels_by_hand() -> None:
     box = (0.25, 0.5, 0.75, 1.0)
-    assert boxes_in_pixels(Span(name="a", boxes=(box,)), (1920, 1080)).tolist() == [
+    assert boxes_in_pixels(Span(name="a", boxes=(box,)), (0, 0, 1920, 1080)).tolist() == [
         [480, 540, 1440, 1080]
     ]
     span = Span(name="a", boxes=((100, 36, 200, 136),), units="height360")
-    assert boxes_in_pixels(span, (1920, 1080)).tolist() == [[300, 108, 600, 408]]
+    assert boxes_in_pixels(span, (0, 0, 1920, 1080)).tolist() == [[300, 108, 600, 408]]
     span = Span(name="a", boxes=((64, 36, 128, 72),), units="pixels", reference=(640, 360))
-    assert boxes_in_pixels(span, (1280, 1080)).tolist() == [[128, 108, 256, 216]]
-    assert boxes_in_pixels(Span(name="a"), (1920, 1080)).shape == (0, 4)
+    assert boxes_in_pixels(span, (0, 0, 1280, 1080)).tolist() == [[128, 108, 256, 216]]
+    assert boxes_in_pixels(Span(name="a"), (0, 0, 1920, 1080)).shape == (0, 4)
+
+
+def test_boxes_and_stretch_inside_black_bars() -> None:
+    """A 4:3 picture in the middle of a 16:9 frame: fractions are of the picture."""
+    inside = (240, 0, 1680, 1080)
+    span = Span(name="a", boxes=((0.25, 0.5, 0.75, 1.0),))
+    assert boxes_in_pixels(span, inside).tolist() == [[600, 540, 1320, 1080]]
+    span = Span(name="a", boxes=((100, 36, 200, 136),), units="height360")
+    assert boxes_in_pixels(span, inside).tolist() == [[540, 108, 840, 408]]
+    square = Span(name="a", boxes=((0.3, 0.4, 0.45, 0.6), (0.31, 0.4, 0.46, 0.6)))
+    assert stretch([square], inside) == pytest.approx(1)
+    assert stretch([square], (0, 0, 1920, 1080)) == pytest.approx(4 / 3)
 
 
 def test_stretch_of_the_public_row() -> None:
     """0.424 x 0.753 of the frame is square at 16:9 and a quarter too narrow at 4:3 (anchors-pipeline §2.1)."""
     boxes = tuple((0.319 + i / 1000, 0.067, 0.743 + i / 1000, 0.820) for i in range(5))
     span = Span(name="a", boxes=boxes)
-    assert stretch([span], (1920, 1080)) == pytest.approx(1.0, abs=0.002)
-    assert stretch([span], (1440, 1080)) == pytest.approx(0.75, abs=0.002)
+    assert stretch([span], (0, 0, 1920, 1080)) == pytest.approx(1.0, abs=0.002)
+    assert stretch([span], (0, 0, 1440, 1080)) == pytest.approx(0.75, abs=0.002)
 
 
 def test_stretch_of_tables() -> None:
     """A constant box may have any shape; the frame its pixels refer to tells."""
     tall = ((10.0, 10.0, 50.0, 90.0),) * 3
-    assert stretch([Span(name="a", boxes=((0.1, 0.1, 0.2, 0.9),) * 3)], (1920, 1080)) == 1
+    assert stretch([Span(name="a", boxes=((0.1, 0.1, 0.2, 0.9),) * 3)], (0, 0, 1920, 1080)) == 1
     span = Span(name="a", boxes=tall, units="pixels", reference=(1280, 720))
-    assert stretch([span], (1920, 1080)) == pytest.approx(1)
-    assert stretch([span], (1440, 1080)) == pytest.approx(0.75)
-    assert stretch([], (1920, 1080)) == 1
+    assert stretch([span], (0, 0, 1920, 1080)) == pytest.approx(1)
+    assert stretch([span], (0, 0, 1440, 1080)) == pytest.approx(0.75)
+    assert stretch([], (0, 0, 1920, 1080)) == 1
 
 
 def test_boxes_at_a_shift() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipelines import report, shards, storage, upkeep
-from pipelines.preprocess import ConfigError, OutputLock
+from pipelines.output import ConfigError, OutputLock
 from pipelines.schema import Cause, reject
 from tests import datasets
 from tests.datasets import Made, made_video, make_dataset
