@@ -24,13 +24,14 @@ def l1(generated: Tensor, real: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         generated: what is trained.
         real: the reference.
-        mask: (b, 1, h, w) in [0, 1]; pixels where it is 0 do not count, and a mask that is 0 everywhere gives 0.
+        mask: (b, 1, h, w) in [0, 1]; pixels where it is 0 do not count. The mean is taken picture by picture, so that
+            micro-batches add up to the batch; a picture whose mask is 0 everywhere counts as 0.
     """
     difference = (exact(generated) - exact(real).detach()).abs()
     if mask is None:
         return difference.mean()
-    weight = exact(mask).expand_as(difference)
-    return (difference * weight).sum() / weight.sum().clamp(min=1)
+    weight = exact(mask).expand_as(difference).flatten(1)
+    return ((difference.flatten(1) * weight).sum(1) / weight.sum(1).clamp(min=1)).mean()
 
 
 def feature_matching(
@@ -93,7 +94,9 @@ def hinge_generator(fake_scores: Tensor) -> Tensor:
 
 
 def dice(predicted: Tensor, real: Tensor) -> Tensor:
-    """-log of the soft Dice coefficient of masks (b, 1, h, w) in [0, 1], over the whole batch (latent pose reenactment)."""
-    m, reference = exact(predicted), exact(real).detach()
-    overlap = 2 * (m * reference).sum()
-    return -torch.log((overlap + 1e-6) / (m.square().sum() + reference.square().sum() + 1e-6))
+    """-log of the soft Dice coefficient of masks (b, 1, h, w) in [0, 1], mean over the batch (latent pose reenactment)."""
+    m, reference = exact(predicted).flatten(1), exact(real).detach().flatten(1)
+    overlap = 2 * (m * reference).sum(1)
+    return -torch.log(
+        (overlap + 1e-6) / (m.square().sum(1) + reference.square().sum(1) + 1e-6)
+    ).mean()

@@ -28,7 +28,7 @@ class Batch(Protocol):
 
     @property
     def keys(self) -> list[str]:
-        """Of its samples."""
+        """Names of the samples, for error messages."""
         ...
 
     def __len__(self) -> int: ...

@@ -33,6 +33,9 @@ WEIGHTS: dict[IdentityName, tuple[str, ...]] = {
 }
 """Entries of ``models.frozen.weights`` that each network loads."""
 
+DIMENSIONS: dict[IdentityName, int] = {"arcface": 512, "mobilefacenet": 128, "dlib": 128}
+"""Length of each network's vector."""
+
 STAGES = ((64, 64, 3), (64, 128, 4), (128, 256, 14), (256, 512, 3))
 """Inputs, outputs and units of IR-SE-50's four stages; the first unit of each halves the picture."""
 SHRINK = 16
@@ -131,7 +134,7 @@ def crop_faces(images: Tensor, matrix: Tensor, size: tuple[int, int]) -> Tensor:
 class ArcFace(IdentityNetwork):
     """IR-SE-50 for faces of 112 x 112 pixels."""
 
-    dimension = 512
+    dimension = DIMENSIONS["arcface"]
     size = (112, 112)
     points = FIVE_POINTS + np.array([8.5, 0.5])
 
@@ -207,7 +210,7 @@ class SqueezeExcitation(nn.Module):
 class MobileFaceNetFeatures(IdentityNetwork):
     """MobileFaceNet for faces of 112 x 96 pixels."""
 
-    dimension = 128
+    dimension = DIMENSIONS["mobilefacenet"]
     size = MOBILEFACENET_CHIP[::-1]
     points = FIVE_POINTS + 0.5
 
@@ -232,7 +235,7 @@ class MobileFaceNetFeatures(IdentityNetwork):
 class DlibDescriptor(IdentityNetwork):
     """dlib's descriptor behind the same interface, on the CPU and without gradient; about 75 ms a face on one core."""
 
-    dimension = DlibEmbedder.dimension
+    dimension = DIMENSIONS["dlib"]
     size = (DLIB_CHIP, DLIB_CHIP)
     points = DLIB_POINTS
     has_gradient = False

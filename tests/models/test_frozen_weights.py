@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from models.aligner import network
 from models.frozen import arcface, detector, identity, landmarks, parsing, vgg, weights
 from models.frozen.weights import REGISTRY, Weights, WeightsError, find, locate
 from tests.material import SHARED, needs_shared
@@ -134,7 +135,7 @@ def test_an_unknown_name_lists_the_known_ones():
 def test_every_network_loads_entries_that_exist_and_hashes_agree_with_file_names():
     named = {
         name
-        for module in (detector, landmarks, identity, parsing, arcface, vgg)
+        for module in (detector, landmarks, identity, parsing, arcface, vgg, network)
         for names in module.WEIGHTS.values()
         for name in names
     }
@@ -146,6 +147,8 @@ def test_every_network_loads_entries_that_exist_and_hashes_agree_with_file_names
     ):  # torch.hub's naming: the stem ends in the first digits of the hash
         stem = REGISTRY[name].file.split(".")[0]
         assert REGISTRY[name].sha256.startswith(stem.rsplit("-", 1)[1])
+    whole = [entry.name for entry in REGISTRY.values() if len(entry.sha256) == 64]
+    assert set(REGISTRY) - set(whole) == {"resnext50"}
 
 
 @needs_shared

@@ -8,12 +8,13 @@ import torch
 from models import losses
 
 
-def test_l1_with_a_mask_is_the_mean_over_what_it_keeps():
+def test_l1_with_a_mask_is_the_mean_over_what_it_keeps_of_each_picture():
     torch.manual_seed(0)
     a, b = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     mask = (torch.rand(2, 1, 4, 5) > 0.5).float()
     kept = mask.expand_as(a).bool()
-    torch.testing.assert_close(losses.l1(a, b, mask), (a - b).abs()[kept].mean())
+    means = [(a[i] - b[i]).abs()[kept[i]].mean() for i in range(2)]
+    torch.testing.assert_close(losses.l1(a, b, mask), torch.stack(means).mean())
     torch.testing.assert_close(losses.l1(a, b), torch.nn.functional.l1_loss(a, b))
     assert losses.l1(a, b, torch.zeros(2, 1, 4, 5)) == 0
 
@@ -58,6 +59,19 @@ def test_dice_is_zero_for_equal_masks_and_follows_its_formula():
     half = torch.full((1, 1, 2, 2), 0.5)
     torch.testing.assert_close(losses.dice(half, mask), torch.tensor(-math.log(2 * 1 / (1 + 2))))
     assert losses.dice(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)) == 0
+
+
+@pytest.mark.parametrize("loss", [losses.l1, losses.dice, losses.identity])
+def test_halves_of_a_batch_add_up_to_it(loss):
+    torch.manual_seed(0)
+    a, b = torch.rand(4, 3, 4, 5).double(), torch.rand(4, 3, 4, 5).double()
+    mask = (
+        ((torch.rand(4, 1, 4, 5) > torch.rand(4, 1, 1, 1)).double(),) if loss is losses.l1 else ()
+    )
+    if loss is losses.identity:
+        a, b = a.flatten(1), b.flatten(1)
+    halves = [loss(*(x[part] for x in (a, b, *mask))) for part in (slice(2), slice(2, 4))]
+    torch.testing.assert_close(sum(halves) / 2, loss(a, b, *mask), rtol=1e-12, atol=0)
 
 
 def test_references_are_never_differentiated():
