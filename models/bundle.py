@@ -29,10 +29,14 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from torch import nn
 
+from models.motion.network import Motion, MotionConfig
+
 MODEL, CONFIG, CARD, PREVIEW = "model.safetensors", "config.json", "card.json", "preview.png"
 SCHEMA_VERSION = 1
 
-NETWORKS: dict[str, tuple[Callable[[Any], nn.Module], type]] = {}
+NETWORKS: dict[str, tuple[Callable[[Any], nn.Module], type]] = {
+    "motion": (Motion, MotionConfig),
+}
 """Word in ``config.json`` → the network, built from its frozen dataclass of a configuration."""
 
 

@@ -19,7 +19,7 @@ from models.motion.layout import EYES, layout_of
 
 Mode = Literal["canonical", "relative", "absolute"]
 Pose = Literal["relative", "absolute"]
-Points = NDArray[np.float64]
+Points = NDArray[np.floating]
 
 OPEN = 0.05
 """Gap between the lids in eye widths below which an eye cannot tell how far its owner opens it."""
