@@ -27,7 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.motion.layout import PARTS
 from models.motion.network import Motion, MotionCache, MotionConfig
-from models.updates import autocast
+from models.updates import Precision, autocast
+
+PRECISIONS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Decoders(nn.Module):
