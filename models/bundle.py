@@ -12,6 +12,7 @@ cannot make its reader run code. A checkpoint, which continues a training, is an
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import tempfile
@@ -29,22 +30,25 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from torch import nn
 
+from models.aligner.network import Aligner, AlignerConfig
+from models.frozen.weights import WeightsError
 from models.motion.network import Motion, MotionConfig
 
 MODEL, CONFIG, CARD, PREVIEW = "model.safetensors", "config.json", "card.json", "preview.png"
 SCHEMA_VERSION = 1
 
 NETWORKS: dict[str, tuple[Callable[[Any], nn.Module], type]] = {
+    "aligner": (Aligner, AlignerConfig),
     "motion": (Motion, MotionConfig),
 }
 """Word in ``config.json`` → the network, built from its frozen dataclass of a configuration."""
 
 
-class BundleError(ValueError):
+class BundleError(WeightsError):
     """The bundle is not there, damaged, or of another version: one line for the user."""
 
 
-def save(network: nn.Module, uri: str, card: Mapping[str, Any], preview: NDArray[np.uint8]) -> None:
+def save(network: nn.Module, uri: str, card: Mapping[str, Any], preview: NDArray[np.uint8]) -> str:
     """Write a bundle; it appears whole or not at all, in place of one that was there.
 
     Args:
@@ -52,6 +56,9 @@ def save(network: nn.Module, uri: str, card: Mapping[str, Any], preview: NDArray
         uri: folder or fsspec URI.
         card: JSON: dataset and version, samples seen, scores, commit.
         preview: (h, w, 3) uint8 RGB.
+
+    Returns:
+        the sha256 of ``model.safetensors``: equal tensors and names give equal ones.
 
     Raises:
         ValueError: the network is not one of :data:`NETWORKS`.
@@ -67,12 +74,14 @@ def save(network: nn.Module, uri: str, card: Mapping[str, Any], preview: NDArray
         tensors = {
             name: value.detach().contiguous() for name, value in network.state_dict().items()
         }
-        safetensors.torch.save_file(tensors, folder / MODEL)
+        content = safetensors.torch.save(tensors)
+        (folder / MODEL).write_bytes(content)
         (folder / CARD).write_text(json.dumps(dict(card), indent=1, sort_keys=True))
         if not cv2.imwrite(str(folder / PREVIEW), np.ascontiguousarray(preview[:, :, ::-1])):
             raise ValueError(f"preview of shape {preview.shape} cannot be written as PNG")
         (folder / CONFIG).write_text(json.dumps(told, indent=1, sort_keys=True))
         _put(folder, uri)
+    return hashlib.sha256(content).hexdigest()
 
 
 def load(uri: str) -> nn.Module:
@@ -132,9 +141,7 @@ def rebuild(config_class: type, values: Mapping[str, Any]) -> Any:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{config_class.__name__} has no {', '.join(unknown)}")
-    return config_class(
-        **{name: _typed(hints[name], value) for name, value in values.items()}  # fmt: skip
-    )
+    return config_class(**{name: _typed(hints[name], value) for name, value in values.items()})
 
 
 def _typed(hint: Any, value: Any) -> Any:
@@ -153,7 +160,9 @@ def _word(network: nn.Module) -> str:
     for word, (_, config_class) in NETWORKS.items():
         if type(config) is config_class:
             return word
-    raise ValueError(f"{type(network).__name__} is no network that bundles know: {sorted(NETWORKS)}")
+    raise ValueError(
+        f"{type(network).__name__} is no network that bundles know: {sorted(NETWORKS)}"
+    )
 
 
 def _put(folder: Path, uri: str) -> None:
@@ -166,7 +175,9 @@ def _put(folder: Path, uri: str) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as aside:
-        shutil.copytree(folder, Path(aside, "new"))
+        Path(aside, "new").mkdir()
+        for name in (MODEL, CARD, PREVIEW, CONFIG):
+            shutil.copyfile(folder / name, Path(aside, "new", name))
         if target.exists():
             target.rename(Path(aside, "old"))
         Path(aside, "new").rename(target)

@@ -7,7 +7,6 @@ loop draws them anew from (seed, samples_seen, rank). docs/decisions/0005 says w
 
 from __future__ import annotations
 
-import pickle
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import torch
 
 from pipelines import storage
 from pipelines.output import ConfigError
+from pipelines.schema import one_line
 
 if TYPE_CHECKING:
     from pipelines.training import Learner
@@ -44,10 +44,13 @@ def write(
         "optimizers": {name: each.state_dict() for name, each in learner.optimizers.items()},
         "notes": notes,
     }
-    uri = storage.join(output, FOLDER, f"{samples_seen:015d}.pt")
+    uri = uri_of(output, samples_seen)
     if storage.is_local(uri):
-        with storage.local_aside(Path(storage.filesystem(uri)[1])) as aside:
-            torch.save(content, aside)
+        with (
+            storage.local_aside(Path(storage.filesystem(uri)[1])) as aside,
+            aside.open("wb") as file,  # torch refuses names that begin with a dot
+        ):
+            torch.save(content, file)
     else:
         with tempfile.TemporaryDirectory(prefix="headray-") as folder:
             made = Path(folder, "checkpoint.pt")
@@ -56,6 +59,11 @@ def write(
     for name in listed(output)[:-keep]:
         storage.remove(storage.join(output, FOLDER, name))
     return uri
+
+
+def uri_of(output: str, samples_seen: int) -> str:
+    """Of the checkpoint of so many samples."""
+    return storage.join(output, FOLDER, f"{samples_seen:015d}.pt")
 
 
 def listed(output: str) -> list[str]:
@@ -86,8 +94,8 @@ def read(uri: str) -> dict[str, Any]:
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"{uri}: no checkpoint there") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        reason = one_line(f"{type(error).__name__}: {error}", 120)
         raise ConfigError(
             f"{uri}: not a checkpoint, or damaged ({reason}); without it, the one before is taken"
         ) from None

@@ -6,6 +6,7 @@ GHOST's finding on HeSer (spec: separate encoders carry the target's identity; s
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class HealthConfig:
     """Hinge loss of the discriminator: 0 when it sees through everything, 2 when it knows nothing."""
     leakage: str = "eval/leakage"
     """Similarity of what is generated to the driving person minus that to the source person, cross pairs."""
+    leakage_limit: float = 0.02
+    """Leakage above which three evaluations in a row are a warning."""
     plateau_records: int = 100
     """Logged records that are compared with as many before them; 0: no warning."""
     plateau_gain: float = 0.005
@@ -62,15 +65,15 @@ def gauges(findings: Sequence[Finding]) -> dict[str, float]:
 
 
 def plateau(history: History, config: HealthConfig) -> Finding | None:
-    """The loss has stopped falling: its median over the last records is no lower than over as many before."""
+    """The loss has stopped falling: what its mean fell by, against as many records before, is little or within the noise."""
     count = config.plateau_records
     losses = _series(history, config.progress)
     if not count or len(losses) < 2 * count:
         return None
-    before = statistics.median(losses[-2 * count : -count])
-    now = statistics.median(losses[-count:])
-    gain = (before - now) / max(abs(before), 1e-12)
-    if gain >= config.plateau_gain:
+    halves = losses[-2 * count : -count], losses[-count:]
+    before, now = map(statistics.fmean, halves)
+    noise = 2 * math.sqrt(sum(map(statistics.pvariance, halves)) / count)  # two standard errors
+    if before - now >= max(config.plateau_gain * abs(before), noise):
         return None
     return Finding(
         "plateau",
@@ -101,7 +104,9 @@ def collapse(history: History, config: HealthConfig) -> Finding | None:
 
 def explosion(history: History, config: HealthConfig) -> Finding | None:
     """A gradient norm has left its usual range."""
-    for name in sorted(name for name in (history[-1] if history else {}) if name.startswith("norm/")):
+    for name in sorted(
+        name for name in (history[-1] if history else {}) if name.startswith("norm/")
+    ):
         norms = _series(history, name)
         if len(norms) < 20:
             continue
@@ -118,7 +123,7 @@ def explosion(history: History, config: HealthConfig) -> Finding | None:
 def leakage(history: History, config: HealthConfig) -> Finding | None:
     """Heads come out with the driving person's identity: in the last three evaluations they looked more like it."""
     values = _series(history, config.leakage)[-3:]
-    if len(values) < 3 or min(values) <= 0:
+    if len(values) < 3 or min(values) <= config.leakage_limit:
         return None
     return Finding(
         "leakage",

@@ -644,8 +644,8 @@ def write_index_tables(tables: Iterable[pa.Table], output: str) -> dict[str, Any
     return {"file": INDEX, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def read_index(output: str) -> pa.Table:
-    """The index of a published dataset, checked against the manifest. Raises :class:`DatasetError`."""
+def read_index(output: str, columns: list[str] | None = None) -> pa.Table:
+    """The index of a published dataset, or some of its columns, checked against the manifest. Raises :class:`DatasetError`."""
     wanted = read_manifest(output)["index"]
     uri = storage.join(output, wanted["file"])
     try:
@@ -654,7 +654,7 @@ def read_index(output: str) -> pa.Table:
         raise DatasetError(f"{uri}: missing") from None
     if hashlib.sha256(content).hexdigest() != wanted["sha256"]:
         raise DatasetError(f"{uri}: sha256 differs from {MANIFEST}")
-    return pq.read_table(io.BytesIO(content))
+    return pq.read_table(io.BytesIO(content), columns=columns)
 
 
 def ledger_rows(

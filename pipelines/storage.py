@@ -66,13 +66,16 @@ def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> by
     return bytes(fs.cat_file(path, start=start, end=end))
 
 
-def write_atomic(uri: str, data: bytes) -> None:
-    """Write a small file so that a reader sees the old content or the new, never a part."""
+def write_atomic(uri: str, data: bytes, *, durable: bool = True) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a part.
+
+    Without ``durable`` it is not forced to the disk: a killed process loses nothing, a machine without power may.
+    """
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(path, data)
         return
-    with local_aside(Path(path)) as aside:
+    with local_aside(Path(path), durable=durable) as aside:
         aside.write_bytes(data)
 
 
@@ -87,14 +90,15 @@ def put_file(source: Path, uri: str) -> None:
 
 
 @contextmanager
-def local_aside(target: Path) -> Iterator[Path]:
+def local_aside(target: Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary name in the target's folder; on success synced and renamed to it, on failure removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
         yield aside
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with aside.open("rb+") as file:
+                os.fsync(file.fileno())
         aside.replace(target)
     except BaseException:
         aside.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
@@ -232,7 +233,9 @@ class Tracker:
         self._begin: dict[str, Any] = json.loads(self._read("begin.json"))
         state = _read_state(self.folder)
         identity = _identity(store)
-        self._state = state if state.get("store") == identity else {"store": identity, "sent": {}}
+        self._state: dict[str, Any] = (
+            state if state.get("store") == identity else {"store": identity, "sent": {}}
+        )
         self._marks: dict[str, int] = dict(self._state["sent"])
         for name in self._pending():
             step, kind = _parts(name)
@@ -263,8 +266,12 @@ class Tracker:
         """Record how the run ended: FINISHED, FAILED or KILLED."""
         self._record(f"end-{uuid.uuid4().hex[:8]}", step, {"status": status})
 
-    def close(self, patience_seconds: float = 15.0) -> int:
-        """Send what is left, for so long at most; returns how many records must wait for the next run of the command."""
+    def close(self, patience_seconds: float = 600.0) -> int:
+        """Send what is left: for so long at most while it goes well, with one attempt when the store is away.
+
+        Returns:
+            how many records must wait for the next run of the command.
+        """
         self._ending.set()
         self._wake.set()
         self._thread.join(patience_seconds)
@@ -276,7 +283,8 @@ class Tracker:
         self._marks[kind] = step
         content = {"time": int(time.time() * 1000), "kind": kind, "step": step, **content}
         name = f"pending/{step:015d}-{kind.replace('/', '_')}.json"
-        storage.write_atomic(storage.join(self.folder, name), json.dumps(content).encode())
+        uri = storage.join(self.folder, name)
+        storage.write_atomic(uri, json.dumps(content).encode(), durable=False)
         self._wake.set()
 
     def _pending(self) -> list[str]:
@@ -307,7 +315,8 @@ class Tracker:
                     logging.getLogger(__name__).warning("%s", self.problem)
                 self._ending.wait(self.retry_seconds)
             else:
-                self._wake.wait()
+                if not ending:
+                    self._wake.wait()
             if ending:
                 return
 
@@ -335,8 +344,8 @@ class Tracker:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
-        for name in ("mlflow.store.db.utils", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        for name in ("mlflow.store.db.utils", "alembic", "urllib3.connectionpool"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         prepare(self.store)
         client = MlflowClient(tracking_uri=self.store.uri, registry_uri=self.store.uri)
         begin = self._begin
@@ -368,7 +377,7 @@ class Tracker:
 
     def _write_state(self) -> None:
         uri = storage.join(self.folder, "run.json")
-        storage.write_atomic(uri, json.dumps(self._state, indent=1).encode())
+        storage.write_atomic(uri, json.dumps(self._state, indent=1).encode(), durable=False)
 
     def _send(self, record: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric
@@ -392,10 +401,10 @@ class Tracker:
 
         key, step = record["key"], record["step"]
         there = [item.path for item in self._client.list_artifacts(self._run_id, "images")]
-        if any(f"{key}%step%{step}%" in path for path in there):
+        if any(re.search(rf"/{key}[%+]step[%+]{step}[%+]", path) for path in there):
             return
         coded = np.frombuffer(base64.b64decode(record["image"]), np.uint8)
-        image = cv2.cvtColor(cv2.imdecode(coded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        image = cv2.imdecode(coded, cv2.IMREAD_COLOR_RGB)
         self._client.log_image(
             self._run_id, image, key=key, step=step, timestamp=record["time"], synchronous=True
         )
@@ -463,6 +472,20 @@ def begin(
     storage.write_atomic(uri, json.dumps(content, indent=1).encode())
 
 
+def read_lineage(output: str) -> Lineage | None:
+    """The dataset that an output's run was begun or last continued with."""
+    try:
+        content = json.loads(storage.read_bytes(storage.join(output, FOLDER, "begin.json")))
+    except FileNotFoundError:
+        return None
+    return Lineage(**content["lineage"])
+
+
+def num_pending(output: str) -> int:
+    """Records that no store has been sent yet."""
+    return len(storage.names_below(storage.join(output, FOLDER, "pending")))
+
+
 def find_bundle(uri: str, cache: Path | None = None) -> str:
     """Where the files of a bundle are: ``models:/NAME@alias`` and ``models:/NAME/VERSION`` are fetched from the registry of
     ``MLFLOW_TRACKING_URI``, anything else is returned as it is.
@@ -492,7 +515,9 @@ def find_bundle(uri: str, cache: Path | None = None) -> str:
         )
         source = client.get_model_version_download_uri(name, version)
         folder = cache or Path(tempfile.mkdtemp(prefix="headray-bundle-"))
-        return str(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=place))
+        return str(
+            download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=place)
+        )
     except Exception as error:
         reason = one_line(scrub(f"{type(error).__name__}: {error}"), 200)
         raise TrackingError(f"{uri}: not found in {public_url(place)}: {reason}") from error
@@ -557,7 +582,9 @@ def _attach(client: Any, run_id: str, begin: Mapping[str, Any]) -> None:
         source_type="headray",
         source=json.dumps({"uri": lineage["uri"], "version": lineage["version"]}),
     )
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    client.log_inputs(
+        run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+    )
     client.log_dict(run_id, begin["config"], "config.json")
     for name, value in begin["tags"].items():
         client.set_tag(run_id, name, value)

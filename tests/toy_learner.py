@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from models import bundle
-from pipelines.training import NonFiniteLossError
+from models.updates import descend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,6 @@ class ToyLearner:
             "generator": Adam(self._toy.parameters(), config.lr),
             "discriminator": Adam(self._judge.parameters(), config.lr),
         }
-        self.gradients: list[Tensor] = []
 
     @property
     def networks(self) -> nn.ModuleDict:
@@ -109,26 +108,25 @@ class ToyLearner:
         self._judge.requires_grad_(False)
         adversarial = -self._judge(generated).mean()
         self._judge.requires_grad_(True)
-        self._step("generator", l1 + 0.1 * adversarial, batch.keys)
+        losses = {"loss/l1": l1, "loss/adversarial": 0.1 * adversarial}
+        norm = self._step("generator", losses, self._toy, batch.keys)
         scores, fakes = self._wrapped_judge(torch.cat([real, generated.detach()])).chunk(2)
         judged = (1 - scores).relu().mean() + (1 + fakes).relu().mean()
-        self._step("discriminator", judged, batch.keys)
+        self._step("discriminator", {"loss/discriminator": judged}, self._judge, batch.keys)
         for slow, fast in zip(self._ema.parameters(), self._toy.parameters(), strict=True):
             slow.data.lerp_(fast.data, 0.1)
-        return {"loss/l1": l1.detach(), "loss/discriminator": judged.detach()}
+        return {
+            "loss/l1": l1.detach(),
+            "loss/discriminator": judged.detach(),
+            "norm/generator": norm,
+        }
 
-    def _step(self, name: str, loss: Tensor, keys: list[str]) -> None:
-        bad = (~torch.isfinite(loss)).double().reshape(1)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(bad)
-        if bad.item():
-            raise NonFiniteLossError(f"loss/{name} is {loss.item()} in {', '.join(keys)}")
-        self._optimizers[name].zero_grad()
-        loss.backward()
-        self.gradients = [
-            p.grad.clone() for group in self._optimizers[name].param_groups for p in group["params"]
-        ]
-        self._optimizers[name].step()
+    def _step(
+        self, name: str, losses: Mapping[str, Tensor], network: nn.Module, keys: list[str]
+    ) -> Tensor:
+        return descend(
+            losses, self._optimizers[name], list(network.parameters()), clip=10.0, keys=keys
+        )
 
     def eval_step(self, batch: ToyBatch) -> dict[str, Tensor]:
         return {"l1": (self._ema(batch.images) - batch.images).abs().mean()}
@@ -150,12 +148,12 @@ class ToySamples:
     double: bool = False
     nan_at: int = -1
     """Sample whose picture is not a number."""
-    kill_at: int = -1
-    """Sample at which one worker kills itself, once."""
+    kill_at: tuple[int, ...] = ()
+    """Samples at which a worker kills itself, each once."""
+    markers: str = ""
+    """Folder with a file for each kill that has happened."""
     pause: float = 0.0
     """Seconds that a batch takes to come."""
-    marker: str = ""
-    """File that says that the kill has happened."""
 
 
 def toy_batches(
@@ -167,10 +165,11 @@ def toy_batches(
     while True:
         indices = range(start + rank * share, start + (rank + 1) * share)
         time.sleep(config.pause)
-        marker = Path(config.marker)
-        if config.kill_at in indices and not marker.exists():
-            marker.write_text(str(rank))
-            os.kill(os.getpid(), signal.SIGKILL)
+        for sample in set(config.kill_at) & set(indices):
+            marker = Path(config.markers, str(sample))
+            if not marker.exists():
+                marker.write_text(str(rank))
+                os.kill(os.getpid(), signal.SIGKILL)
         images = torch.stack([_picture(config, index) for index in indices])
         yield ToyBatch(keys=[f"toy-{index}" for index in indices], images=images)
         start += config.batch

@@ -312,3 +312,17 @@ def test_a_learner_is_built_the_way_the_loop_builds_it() -> None:
     trained = MotionLearner(CONFIG, wrap=wrap, device=torch.device("cpu"))
     assert [type(network) for network in wrapped] == [Motion, RealAndFake]
     assert set(trained.networks) == set(trained.optimizers) == {"motion", "discriminator"}
+
+
+@pytest.mark.slow
+def test_one_pair_is_learned_by_heart() -> None:
+    wider = replace(CONFIG.network, generator_base=8)
+    dropping = Schedule(epoch_samples=100, epochs=5, drop_epochs=(3, 4))
+    trained = learner(network=wider, stage=1, lr=5e-3, mask_prior=0.0, schedule=dropping)
+    batch = pairs(1)
+    for index in range(dropping.samples):
+        metrics = trained.train_step(batch, index)
+    assert metrics["loss/reconstruction"] > 0
+    with torch.no_grad():
+        generated, _ = trained.motion(batch.source, batch.source_landmarks, batch.driving_landmarks)
+    assert float(l1(generated, batch.driving)) / 2 < 0.02
