@@ -39,6 +39,7 @@ from pipelines.output import ConfigError, NothingUsableError
 from pipelines.video import frame_times, probe
 from tests import clips
 from tests.faces import FACE_68
+from tests.material import SHARED, needs_shared
 from tests.models.motion.tiny import awake, tiny
 from tests.runs import run_job
 
@@ -356,3 +357,14 @@ def test_the_job_ends_with_the_codes_it_promises(
     assert code == 2, told
     assert "Traceback" not in told
     assert told.strip().splitlines()[-1].startswith("error: --driving")
+
+
+@needs_shared
+@pytest.mark.real
+def test_a_real_person_drives_another(tmp_path: Path, motion: str) -> None:
+    photo, driver = SHARED / "photos" / "p01_a.jpg", SHARED / "videos" / "m003_b.mp4"
+    config = settings(tmp_path, motion, str(photo), driver)
+    made = animate(config)
+    assert (made.frames, made.held) == (63, 0)
+    assert streams(config.output)["audio"][0] == "aac"
+    assert np.allclose(frame_times(config.output), frame_times(driver), atol=2e-5)
