@@ -22,7 +22,7 @@ STEPS = 20
 def losses() -> list[dict[str, float]]:
     """Of every step, by name.
 
-    In float64: in float32 two processors' roundings grow to 0.6 % within 20 steps, since Adam starts by signs.
+    In float64: in float32 the roundings of two kernels grow to 0.7 % within 20 steps, since Adam starts by signs.
     """
     trained, rows = learner(), []
     trained.networks.double()
