@@ -88,7 +88,8 @@ def portrait(size: int, number: int, frame: int) -> NDArray[np.uint8]:
     matrix = cv2.getRotationMatrix2D((223, 140), angle, zoom)
     matrix[:, 2] += np.array([size / 2 - 223, size / 2 - 140])
     image = skimage.data.astronaut()
-    return cv2.warpAffine(image, matrix, (size, size), borderMode=cv2.BORDER_REFLECT)
+    turned = cv2.warpAffine(image, matrix, (size, size), borderMode=cv2.BORDER_REFLECT)
+    return np.asarray(turned, dtype=np.uint8)
 
 
 def jpeg(image: NDArray[np.uint8]) -> bytes:

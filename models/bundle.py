@@ -33,6 +33,7 @@ from torch import nn
 from models.aligner.network import Aligner, AlignerConfig
 from models.blender.network import Blender, BlenderConfig
 from models.frozen.weights import WeightsError
+from models.motion.network import Motion, MotionConfig
 
 MODEL, CONFIG, CARD, PREVIEW = "model.safetensors", "config.json", "card.json", "preview.png"
 SCHEMA_VERSION = 1
@@ -40,6 +41,7 @@ SCHEMA_VERSION = 1
 NETWORKS: dict[str, tuple[Callable[[Any], nn.Module], type]] = {
     "aligner": (Aligner, AlignerConfig),
     "blender": (Blender, BlenderConfig),
+    "motion": (Motion, MotionConfig),
 }
 """Word in ``config.json`` → the network, built from its frozen dataclass of a configuration."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import log2
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,3 +77,45 @@ class ResidualStage(nn.Module):
         """(b, inputs, h, w) to (b, outputs, h/2, w/2), or the same size when flat."""
         y = self.second(torch.relu(self.first(torch.relu(x))))
         return self.pool(y) + self.pool(self.skip(x))
+
+
+class PatchDiscriminator(nn.Module):
+    """The PatchGAN of sparse-to-dense motion (Zhao, Wu and Guo 2021, supplement section 1): one score for every patch.
+
+    Four blocks of conv4x4, norm, ReLU and average pooling, then a 1x1 convolution; without padding a score sees 61 px and
+    the next lies 16 px further. First order model's, ``norm="instance"`` with ``activation="leaky_relu"``, does not
+    normalise its first block.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        widths: Sequence[int] = (128, 256, 512, 1024),
+        *,
+        norm: Literal["batch", "instance"] = "batch",
+        activation: Literal["relu", "leaky_relu"] = "relu",
+        padding: int = 0,
+    ) -> None:
+        """Take pictures of ``in_channels`` and at least 61 px (without padding) and of any larger size."""
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for index, (inputs, outputs) in enumerate(
+            zip([in_channels, *widths], widths, strict=False)
+        ):
+            layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, 4, padding=padding)]
+            if norm == "batch":
+                layers.append(nn.BatchNorm2d(outputs))
+            elif index:
+                layers.append(nn.InstanceNorm2d(outputs, affine=True))
+            layers.append(nn.ReLU() if activation == "relu" else nn.LeakyReLU(0.2))
+            self.blocks.append(nn.Sequential(*layers, nn.AvgPool2d(2)))
+        self.score = nn.Conv2d(widths[-1], 1, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Pictures (b, in_channels, h, w) to raw scores (b, 1, h', w') and one feature map (b, c, h, w) per block."""
+        features = []
+        x = images
+        for block in self.blocks:
+            x = block(x)
+            features.append(x)
+        return self.score(x), features

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.discriminators import ResidualDiscriminator
+from models.discriminators import PatchDiscriminator, ResidualDiscriminator
 
 
 def count(network: torch.nn.Module) -> int:
@@ -45,3 +45,38 @@ def test_features_are_taken_before_the_next_relu():
 def test_sizes_that_do_not_halve_are_refused():
     with pytest.raises(ValueError, match="48"):
         ResidualDiscriminator(3, 48)
+
+
+def test_the_patch_discriminator_is_the_supplements() -> None:
+    with torch.device("meta"):
+        scores, features = PatchDiscriminator()(torch.empty(1, 3, 256, 256))
+        padded = PatchDiscriminator(padding=1)
+    assert sum(p.numel() for p in PatchDiscriminator().parameters()) == 11_022_977
+    assert sum(p.numel() for p in padded.parameters()) == 11_022_977
+    assert scores.shape == (1, 1, 13, 13)
+    assert [tuple(f.shape[1:]) for f in features] == [
+        (128, 126, 126),
+        (256, 61, 61),
+        (512, 29, 29),
+        (1024, 13, 13),
+    ]
+
+
+def test_a_patch_score_sees_61_pixels_and_the_next_lies_16_further() -> None:
+    torch.manual_seed(0)
+    network = PatchDiscriminator(widths=(4, 4, 4, 4)).double().eval()
+    pictures = torch.randn(1, 3, 128, 128, dtype=torch.float64, requires_grad=True)
+    scores = network(pictures)[0]
+    for x in (1, 2):
+        (gradient,) = torch.autograd.grad(scores[0, 0, 1, x], pictures, retain_graph=True)
+        columns = gradient.abs().sum(dim=(0, 1, 2)).nonzero().flatten()
+        assert columns.min() == 16 * x
+        assert columns.max() == 16 * x + 60
+
+
+def test_the_patch_discriminator_of_first_order_model() -> None:
+    network = PatchDiscriminator(4, (4, 6, 8, 8), norm="instance", activation="leaky_relu")
+    kinds = [[type(layer).__name__ for layer in block] for block in network.blocks]
+    assert kinds[0] == ["Conv2d", "LeakyReLU", "AvgPool2d"]
+    assert kinds[1:] == [["Conv2d", "InstanceNorm2d", "LeakyReLU", "AvgPool2d"]] * 3
+    assert network(torch.randn(2, 4, 128, 128))[0].shape == (2, 1, 5, 5)
