@@ -17,6 +17,7 @@ from __future__ import annotations
 if not __package__:
     import script_path  # noqa: F401
 
+import json
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -28,7 +29,7 @@ from models.aligner.learner import AlignerLearnerConfig
 from models.aligner.network import AlignerConfig
 from models.aligner.start import fitting, start
 from models.frozen import arcface, vgg, weights
-from pipelines import samples, shards, tracking
+from pipelines import samples, shards, storage, tracking
 from pipelines.health import HealthConfig
 from pipelines.samples import HeldOutConfig, SamplesConfig, aligner_batches, held_out_batches
 from pipelines.training import ClusterConfig, TrainingConfig
@@ -48,6 +49,8 @@ class TrainAlignerConfig:
     init: str = ""
     """Bundle whose weights the training begins with: of the same network, or of one of schedule lpd and half the size, which
     grows (folder, URI, or models:/NAME@alias)."""
+    calibration: str = ""
+    """File of jobs/calibrate.py: weights of the layers whose features are compared. They become part of ``learner``."""
     learner: AlignerLearnerConfig = field(default_factory=AlignerLearnerConfig)
     """Network, losses, optimizers."""
     samples: SamplesConfig = field(default_factory=SamplesConfig)
@@ -148,6 +151,8 @@ def job() -> None:
         output=runtime.location("output", config.output),
         init=runtime.location("init", config.init) if config.init else "",
     )
+    if config.calibration:
+        config = replace(config, learner=weighted(config.learner, config.calibration))
     check(config)
     num_workers = max(config.cluster.num_workers, 1)
     # Leakage is measured between the persons of one batch, so every worker's share must hold two.
@@ -161,6 +166,23 @@ def job() -> None:
         held_out=partial(held_out_batches, looked_at, config.held_out, config.dataset),
         remarks=remarks(config),
     )
+
+
+def weighted(learner: AlignerLearnerConfig, calibration: str) -> AlignerLearnerConfig:
+    """The configuration with the weights of a file of jobs/calibrate.py, which must be of the same networks and layers."""
+    uri = runtime.location("calibration", calibration)
+    try:
+        found = json.loads(storage.read_bytes(uri))
+        measured = found["vgg"], tuple(found["vgg_layers"]), found["identity"]
+        weights_found = tuple(found["vgg_weights"]), tuple(found["identity_weights"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        runtime.usage(f"--calibration {uri}: not a file of jobs/calibrate.py ({error!r})")
+    wanted = learner.vgg, learner.vgg_layers, learner.network.identity
+    if measured != wanted:
+        runtime.usage(
+            f"--calibration {uri}: measured with {measured}, but the training has {wanted}"
+        )
+    return replace(learner, vgg_weights=weights_found[0], identity_weights=weights_found[1])
 
 
 def check(config: TrainAlignerConfig) -> None:

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ import cv2
 import pytest
 import torch
 
-from jobs import runtime, train_aligner
+from jobs import calibrate, runtime, train_aligner
 from models import bundle
 from models.aligner.network import Aligner
+from models.frozen.vgg import Vgg19Features
 from pipelines import checkpoints
-from tests.material import REPOSITORY
+from pipelines.samples import aligner_batches
+from tests.material import REPOSITORY, SHARED, needs_shared
 from tests.pipelines.test_training import assert_same
 from tests.runs import ONE_THREAD, run_job, start_job
 from tests.trainings import make_people, train_smoke
@@ -170,6 +174,45 @@ def test_wrong_arguments_are_one_line(
     assert told in line
     assert len(line.splitlines()) == 1
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.real
+@needs_shared
+def test_calibration_is_measured_once_and_becomes_part_of_the_configuration(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HEADRAY_WEIGHTS", str(SHARED / "weights"))
+    layers = ["relu1_1", "relu2_1", "relu3_1"]
+    networks = ["--learner.vgg=vgg_normalised_conv3_1", "--learner.vgg-layers", *layers]
+    monkeypatch.setattr(
+        sys, "argv",
+        ["calibrate", "smoke", f"--dataset={dataset}", f"--output={tmp_path}/w.json", "--targets=8", *networks],
+    )  # fmt: skip
+    calibrate.job()
+    found = json.loads((tmp_path / "w.json").read_text())
+    assert found["vgg_layers"] == layers
+    assert found["targets"] == 8
+
+    learner = replace(
+        train_aligner.PRESETS["smoke"].learner,
+        vgg="vgg_normalised_conv3_1",
+        vgg_layers=tuple(layers),
+    )
+    network = Vgg19Features(learner.vgg_layers, "vgg_normalised_conv3_1")
+    samples = train_aligner.PRESETS["smoke"].samples
+    batches = aligner_batches(samples, str(dataset), samples_seen=0, rank=0, world_size=1)
+    targets = torch.cat([batch.target for batch in islice(batches, 4)])
+    magnitudes = [feature.abs().mean().item() for feature in network(targets)]
+    assert found["vgg_weights"] == pytest.approx([1 / 3 / size for size in magnitudes], rel=1e-4)
+
+    config = train_aligner.weighted(learner, f"{tmp_path}/w.json")
+    assert config.vgg_weights == tuple(found["vgg_weights"])
+    with pytest.raises(SystemExit):  # of other layers
+        train_aligner.weighted(train_aligner.PRESETS["base"].learner, f"{tmp_path}/w.json")
+    assert "relu4_1" in capsys.readouterr().err
 
 
 def test_paper_is_the_supplement() -> None:
