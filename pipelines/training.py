@@ -465,10 +465,10 @@ class Meter:
             gathered = rows.new_empty(self.world_size, rows.shape[1])
             distributed.all_gather_into_tensor(gathered, rows)
             rows = gathered  # (world_size, n)
-        means = rows.mean(dim=0).tolist()
+        means = dict(zip(names, rows.mean(dim=0).tolist(), strict=False))
         worst = rows.amax(dim=0).tolist()
         return (
-            dict(zip(names, means, strict=False)),
+            {name: means[name] for name in self._sums},  # in the learner's order, which people read
             dict(zip(own, worst[len(names) :], strict=True)),
         )
 
