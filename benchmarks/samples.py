@@ -2,8 +2,8 @@
 """How fast samples come from shards, against the JPEG decoder alone, whole mp4 clips, and a folder of PNG frames.
 
 A pair is two frames of one track, 256 x 256 px, decoded to uint8 RGB and stacked into a batch of 32: what every loader does
-before any model's own crops. All four loaders run one after the other in one process on one thread, on the same pictures,
-and their results are compared, so that they are known to do the same work. Files were just written: they come from memory.
+before any model's own crops. All four loaders take turns in one process on one thread, on the same frames; what comes from shards is
+compared with what the decoder alone gives. Files were just written: they come from memory.
 
     shards     draw a pair, two range reads, decode, stack: pipelines/reader.py and samples.py as training uses them
     ceiling    cv2.imdecode of the same JPEGs, already in memory, and nothing else

@@ -4,8 +4,8 @@ A sample is K pictures of a person, the sources, and one more, the target (HeSer
 frames, all from (seed, number of the sample) and nothing else. Then its members are read, by range, and only those are
 decoded. So a stream can begin at any sample, and neither the number of ranks nor that of loader processes changes it.
 
-Everything is done by the loader's processes, on the CPU: a sample of 512 px takes them about 40 ms (benchmarks/README.md), so
-four of them are faster than a GPU trains, which is left alone, and every machine makes the same batches.
+Everything is done by the loaders, processes on the CPU: a sample of 512 px takes one of them about 35 ms, of which the
+augmentation is 7 (benchmarks/README.md). On the training's device that would be saved, but its batches would be its own.
 """
 
 from __future__ import annotations
