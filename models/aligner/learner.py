@@ -183,7 +183,7 @@ class AlignerLearner:
     def preview_columns(self) -> tuple[str, ...]:
         """Names of the columns of :meth:`preview`."""
         mask = ("mask",) if self.config.network.has_mask else ()
-        return ("source", "target", "generated", *mask, "average of the weights")
+        return ("source", "target", "generated", *mask, "averaged")
 
     # -------------------------------------------------------------------------------------------- training
 

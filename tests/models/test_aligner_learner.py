@@ -107,7 +107,7 @@ def test_terms_that_cannot_be_had_are_left_out_and_told():
     assert "vgg is none" in told
     assert "dlib has no gradient" in told
     assert "mask" in told
-    assert learner.preview_columns == ("source", "target", "generated", "average of the weights")
+    assert learner.preview_columns == ("source", "target", "generated", "averaged")
 
 
 @pytest.mark.parametrize("norm", [pytest.param("frozen", marks=pytest.mark.slow), "group"])
@@ -244,7 +244,7 @@ def test_evaluation_changes_nothing_and_tells_leakage_on_crossed_pairs():
         "target",
         "generated",
         "mask",
-        "average of the weights",
+        "averaged",
     )
     assert preview.abs().max() <= 1
     columns = preview.split(SIZE, dim=3)
