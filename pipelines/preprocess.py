@@ -347,18 +347,18 @@ def process(
     """Run every video of the list that has no commit yet, window by window.
 
     Returns:
-        keys of all videos of the list in its order, seconds by stage summed over the videos run now, and their number.
+        keys of all videos of the list, sorted by identity, seconds by stage summed over the videos run now, and their number.
     """
     done, failed = shards.committed(config.output)
     published = set() if done or failed else published_keys(config.output)
     finished = done | published
     takedowns = shards.read_takedowns(config.output)
-    keys: list[str] = []
+    owners: dict[str, str] = {}
     seconds: Counter[str] = Counter()
     count = 0
     for window in batched(videos, config.window):
-        keys += [video.key for video in window]
-        progress.listed(len(keys))
+        owners |= {video.key: video.identity for video in window}
+        progress.listed(len(owners))
         again = [video.key for video in window if video.key in failed]
         attempts = {
             commit.video.key: commit.video.attempts
@@ -381,11 +381,13 @@ def process(
             progress.video(row)
             seconds.update(json.loads(row["seconds"]))
             count += 1
-    if missing := sorted(published.difference(keys)):
+    if missing := sorted(published.difference(owners)):
         raise ConfigError(
             f"--output {config.output}: published with {missing[0]}, which the list no longer has, and its work "
             "folder is gone; take videos out with jobs/dataset.py takedown, or make a new --output"
         )
+    # not by key alone: ``a-b`` with ``c`` comes between two videos of ``a``
+    keys = sorted(owners, key=lambda key: (owners[key], key))
     return keys, dict(seconds), count
 
 
@@ -405,7 +407,7 @@ def publish(
 
     Args:
         config: of the run.
-        keys: of all videos of the list; each has a commit, or the dataset is already published.
+        keys: of all videos of the list, sorted by identity; each has a commit, or the dataset is already published.
         progress: told of each packed shard.
 
     Returns:
@@ -419,7 +421,7 @@ def publish(
         done, failed = shards.committed(output)
         if before["list_sha256"] == list_sha256 and not done and not failed:
             return before, 0
-    samples, copies, means = gather(shards.load_commits(output, dict.fromkeys(keys)), config)
+    samples, copies, means = gather(shards.load_commits(output, keys), config)
     twins = identities.find_twins(means, config.identities.twin_threshold)
     splits, gone = identities.settle(samples, copies, twins, config.identities)
     plans, buckets = shards.plan_shards(
@@ -544,7 +546,7 @@ def gather(
     """Go through all commits once, one identity at a time, and compare its tracks with each other.
 
     Args:
-        commits: in the order of the list, which is by identity.
+        commits: sorted by identity.
         config: of the run.
 
     Returns:

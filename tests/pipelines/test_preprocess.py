@@ -113,6 +113,21 @@ def test_killed_while_the_work_folder_goes_nothing_is_done_again(
     assert not Path(work).exists()
 
 
+def test_videos_are_gathered_by_identity_in_whatever_order_the_list_has_them(
+    tmp_path: Path,
+) -> None:
+    """``a-b`` with ``c`` comes between two videos of ``a`` when keys are sorted, and a table has any order."""
+    output = str(tmp_path)
+    names = [("b", "x"), ("a", "z"), ("a-b", "c"), ("a", "a")]
+    videos = [Video(identity=identity, video=video) for identity, video in names]
+    for video in videos:
+        shards.commit(reject(video, Cause.DOWNLOAD_NOT_FOUND, ""), [], output, {})
+    keys, _, _ = preprocess.process(config_of(output), videos, quiet())
+    assert keys == ["a-a", "a-z", "a-b-c", "b-x"]
+    samples, _, _ = preprocess.gather(shards.load_commits(output, keys), config_of(output))
+    assert samples.table.num_rows == 0
+
+
 def test_failed_video_is_tried_until_its_attempts_are_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
