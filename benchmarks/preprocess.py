@@ -55,8 +55,8 @@ if TYPE_CHECKING:
 
 UTTERANCE_FRAMES = 39
 """Kept of an utterance of VoxCeleb2: 7.8 s on average (Chung et al. 2018, table 1) at 5 frames a second."""
-MEMORY_SECONDS = 3.0
-"""Between two looks at the memory of all processes; a look costs some 50 ms."""
+MEMORY_SECONDS = 8
+"""Between two looks at the memory of all processes; a look costs a tenth of a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +147,14 @@ def family(own: psutil.Process) -> list[psutil.Process]:
     return [own, *own.children(recursive=True)]
 
 
-def cpu_seconds(own: psutil.Process) -> float:
-    """CPU time of a process and all that it started, also those that have ended and were waited for."""
-    total = 0.0
-    for process in family(own):
-        with suppress(psutil.Error):
-            total += sum(process.cpu_times()[:4])
-    return total
+def cpu_seconds(process: psutil.Process, with_children: bool = True) -> float:
+    """CPU time of a process, and of its children that have ended and were waited for."""
+    return sum(process.cpu_times()[: 4 if with_children else 2])
+
+
+def family_cpu(own: psutil.Process) -> float:
+    """CPU time of a process and of its children."""
+    return sum(cpu_seconds(process) for process in family(own))
 
 
 class Meter:
@@ -162,10 +163,14 @@ class Meter:
     def __init__(self, turn: Turn) -> None:
         self.turn = turn
         self.own = psutil.Process()
+        self._seen: dict[psutil.Process, float] = {}
+        self._began = 0.0
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._repeat, daemon=True)
 
     def __enter__(self) -> Meter:
+        self._began = self._spent()
         self._thread.start()
         return self
 
@@ -175,10 +180,25 @@ class Meter:
 
     def committed(self, frames: int) -> None:
         """One more video is on disk."""
-        self.turn.ends.append((time.perf_counter(), frames, cpu_seconds(self.own)))
+        self.turn.ends.append((time.perf_counter(), frames, self._spent() - self._began))
+
+    def _spent(self) -> float:
+        """CPU seconds of all processes so far. Actors end and leave children behind, so each counts as last seen."""
+        with self._lock:
+            for process in family(self.own):
+                with suppress(psutil.Error):
+                    # these two wait for workers, which count themselves
+                    waits = process == self.own or process.name() == "raylet"
+                    self._seen[process] = cpu_seconds(process, with_children=not waits)
+            return sum(self._seen.values())
 
     def _repeat(self) -> None:
-        while not self._stop.wait(MEMORY_SECONDS):
+        ticks = 0
+        while not self._stop.wait(1.0):
+            self._spent()
+            ticks += 1
+            if ticks % MEMORY_SECONDS:
+                continue
             tree: Counter[str] = Counter()
             for process in family(self.own):
                 with suppress(psutil.Error):
@@ -227,15 +247,15 @@ def work_bare(
     while (video := videos.get()) is not None:
         members: list[Member] = []
         seconds = {}
-        before = cpu_seconds(own)
+        before = family_cpu(own)
         for name, stage in stages.items():
             if video.live:
                 video, members = stage(video, members)
-                now = cpu_seconds(own)
+                now = family_cpu(own)
                 seconds[name] = now - before
                 before = now
         commit = shards.commit(video, members if video.live else [], config.output, described)
-        seconds["commit"] = cpu_seconds(own) - before
+        seconds["commit"] = family_cpu(own) - before
         done.put({"frames": sum(commit.frames[key] for key in commit.slices), "seconds": seconds})
 
 
