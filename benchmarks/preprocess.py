@@ -116,6 +116,8 @@ class Turn:
 
     ends: list[tuple[float, int, float]] = field(default_factory=list)
     """(time, kept frames, CPU seconds of all processes so far) as each video was committed."""
+    began: float = 0.0
+    """When it was begun; Ray starts its actors after that."""
     stages: list[dict[str, float]] = field(default_factory=list)
     """Of each video: seconds by stage; CPU seconds in the bare loop, wall clock under Ray."""
     peak_mib: float = 0.0
@@ -133,12 +135,15 @@ class Turn:
         counted = self.ends[self.steady(skip)]
         (began, _, cpu_began), (ended, _, cpu_ended) = counted[0], counted[-1]
         frames = sum(frames for _, frames, _ in counted[1:])
+        all_frames = sum(frames for _, frames, _ in self.ends)
         return {
             "seconds": ended - began,
             "frames_per_second": frames / (ended - began),
             "videos_per_second": (len(counted) - 1) / (ended - began),
             "busy_cores": (cpu_ended - cpu_began) / (ended - began),
             "frames_per_cpu_second": frames / (cpu_ended - cpu_began),
+            "whole_frames_per_second": all_frames / (self.ends[-1][0] - self.began),
+            "whole_frames_per_cpu_second": all_frames / self.ends[-1][2],
         }
 
 
@@ -171,6 +176,7 @@ class Meter:
 
     def __enter__(self) -> Meter:
         self._began = self._spent()
+        self.turn.began = time.perf_counter()
         self._thread.start()
         return self
 
@@ -352,10 +358,15 @@ def stage_table(turns: list[Turn], skip: float) -> Table:
     return table
 
 
-def side_table(sides: Mapping[str, list[Turn]], skip: float) -> tuple[Table, float, float]:
-    """Rates of every turn, and the ratio of the medians: of frames a second, and of frames a CPU second."""
+def side_table(sides: Mapping[str, list[Turn]], skip: float) -> tuple[Table, dict[str, float]]:
+    """Rates of every turn, and by rate the median of Ray over that of the bare loop."""
     table = Table(title="steady state", title_justify="left")
-    names = ("turn", "videos", "s", "kept frames/s", "busy cores", "kept frames/CPU s", "peak MiB")
+    # fmt: off
+    names = (
+        "turn", "videos", "s", "kept frames/s", "busy cores", "kept frames/CPU s", "whole turn: frames/s",
+        "frames/CPU s", "peak MiB",
+    )
+    # fmt: on
     for column in names:
         table.add_column(column, justify="left" if column == "turn" else "right")
     medians = {}
@@ -369,14 +380,12 @@ def side_table(sides: Mapping[str, list[Turn]], skip: float) -> tuple[Table, flo
                 f"{rate['frames_per_second']:.2f}",
                 f"{rate['busy_cores']:.2f}",
                 f"{rate['frames_per_cpu_second']:.2f}",
+                f"{rate['whole_frames_per_second']:.2f}",
+                f"{rate['whole_frames_per_cpu_second']:.2f}",
                 f"{turn.peak_mib:,.0f}",
             )
         medians[side] = {name: median(rate[name] for rate in rates) for name in rates[0]}
-    by_clock, by_cpu = (
-        medians["Ray"][name] / medians["bare"][name]
-        for name in ("frames_per_second", "frames_per_cpu_second")
-    )
-    return table, by_clock, by_cpu
+    return table, {name: value / medians["bare"][name] for name, value in medians["Ray"].items()}
 
 
 def take_turns(config: BenchmarkConfig, folder: Path) -> Iterator[tuple[str, Turn]]:
@@ -408,10 +417,10 @@ def main() -> None:
             rates = turn.rates(config.skip)
             told = ", ".join(f"{key} {value:.2f}" for key, value in rates.items())
             say(f"{side}: {len(turn.ends)} videos; {told}; load {os.getloadavg()[0]:.1f}")
-    table, by_clock, by_cpu = side_table(sides, config.skip)
+    table, ratios = side_table(sides, config.skip)
     say(stage_table(sides["bare"], config.skip))
     say(table)
-    say(f"Ray reaches {by_clock:.1%} of the bare loop's frames a second, {by_cpu:.1%} a CPU second")
+    say("Ray over the bare loop: " + ", ".join(f"{name} {it:.1%}" for name, it in ratios.items()))
     rate = median(turn.rates(config.skip)["frames_per_cpu_second"] for turn in sides["Ray"])
     say(
         f"{rate * 86400 / UTTERANCE_FRAMES:,.0f} utterances per core and day "
