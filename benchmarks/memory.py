@@ -79,7 +79,8 @@ class MemoryConfig:
     folder: str = ""
     """For lists and datasets, which are removed afterwards. Empty: a temporary folder."""
     child: bool = False
-    """One list in this process, the answer on the last line: what the command calls for each of ``rows``."""
+    """One list in this process, below ``folder``, the answer on the last line: what the command calls for each of
+    ``rows``. Interrupted, the same command goes on, as the job does."""
 
 
 # --- the dummies ----------------------------------------------------------------------------------------------
@@ -185,6 +186,10 @@ class Watch:
             passed = time.perf_counter() - self._started
             if not self.marks or passed - self.marks[-1][0] >= 10:
                 self.marks.append((round(passed), round(now)))
+                told = (
+                    f"{passed:.0f} s: driver {now:.0f} MiB, object store {self.store_mib:.0f} MiB"
+                )
+                print(told, file=sys.stderr, flush=True)
             with suppress(psutil.Error, FileNotFoundError, ValueError):
                 raylet = raylet or find_raylet(own)
                 if raylet:

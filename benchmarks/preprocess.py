@@ -55,8 +55,8 @@ if TYPE_CHECKING:
 
 UTTERANCE_FRAMES = 39
 """Kept of an utterance of VoxCeleb2: 7.8 s on average (Chung et al. 2018, table 1) at 5 frames a second."""
-MEMORY_SECONDS = 3.0
-"""Between two looks at the memory of all processes; a look costs some 50 ms."""
+MEMORY_SECONDS = 8
+"""Between two looks at the memory of all processes; a look costs a tenth of a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +116,8 @@ class Turn:
 
     ends: list[tuple[float, int, float]] = field(default_factory=list)
     """(time, kept frames, CPU seconds of all processes so far) as each video was committed."""
+    began: float = 0.0
+    """When it was begun; Ray starts its actors after that."""
     stages: list[dict[str, float]] = field(default_factory=list)
     """Of each video: seconds by stage; CPU seconds in the bare loop, wall clock under Ray."""
     peak_mib: float = 0.0
@@ -133,12 +135,15 @@ class Turn:
         counted = self.ends[self.steady(skip)]
         (began, _, cpu_began), (ended, _, cpu_ended) = counted[0], counted[-1]
         frames = sum(frames for _, frames, _ in counted[1:])
+        all_frames = sum(frames for _, frames, _ in self.ends)
         return {
             "seconds": ended - began,
             "frames_per_second": frames / (ended - began),
             "videos_per_second": (len(counted) - 1) / (ended - began),
             "busy_cores": (cpu_ended - cpu_began) / (ended - began),
             "frames_per_cpu_second": frames / (cpu_ended - cpu_began),
+            "whole_frames_per_second": all_frames / (self.ends[-1][0] - self.began),
+            "whole_frames_per_cpu_second": all_frames / self.ends[-1][2],
         }
 
 
@@ -147,13 +152,14 @@ def family(own: psutil.Process) -> list[psutil.Process]:
     return [own, *own.children(recursive=True)]
 
 
-def cpu_seconds(own: psutil.Process) -> float:
-    """CPU time of a process and all that it started, also those that have ended and were waited for."""
-    total = 0.0
-    for process in family(own):
-        with suppress(psutil.Error):
-            total += sum(process.cpu_times()[:4])
-    return total
+def cpu_seconds(process: psutil.Process, with_children: bool = True) -> float:
+    """CPU time of a process, and of its children that have ended and were waited for."""
+    return sum(process.cpu_times()[: 4 if with_children else 2])
+
+
+def family_cpu(own: psutil.Process) -> float:
+    """CPU time of a process and of its children."""
+    return sum(cpu_seconds(process) for process in family(own))
 
 
 class Meter:
@@ -162,10 +168,15 @@ class Meter:
     def __init__(self, turn: Turn) -> None:
         self.turn = turn
         self.own = psutil.Process()
+        self._seen: dict[psutil.Process, float] = {}
+        self._began = 0.0
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._repeat, daemon=True)
 
     def __enter__(self) -> Meter:
+        self._began = self._spent()
+        self.turn.began = time.perf_counter()
         self._thread.start()
         return self
 
@@ -175,10 +186,25 @@ class Meter:
 
     def committed(self, frames: int) -> None:
         """One more video is on disk."""
-        self.turn.ends.append((time.perf_counter(), frames, cpu_seconds(self.own)))
+        self.turn.ends.append((time.perf_counter(), frames, self._spent() - self._began))
+
+    def _spent(self) -> float:
+        """CPU seconds of all processes so far. Actors end and leave children behind, so each counts as last seen."""
+        with self._lock:
+            for process in family(self.own):
+                with suppress(psutil.Error):
+                    # these two wait for workers, which count themselves
+                    waits = process == self.own or process.name() == "raylet"
+                    self._seen[process] = cpu_seconds(process, with_children=not waits)
+            return sum(self._seen.values())
 
     def _repeat(self) -> None:
-        while not self._stop.wait(MEMORY_SECONDS):
+        ticks = 0
+        while not self._stop.wait(1.0):
+            self._spent()
+            ticks += 1
+            if ticks % MEMORY_SECONDS:
+                continue
             tree: Counter[str] = Counter()
             for process in family(self.own):
                 with suppress(psutil.Error):
@@ -227,15 +253,15 @@ def work_bare(
     while (video := videos.get()) is not None:
         members: list[Member] = []
         seconds = {}
-        before = cpu_seconds(own)
+        before = family_cpu(own)
         for name, stage in stages.items():
             if video.live:
                 video, members = stage(video, members)
-                now = cpu_seconds(own)
+                now = family_cpu(own)
                 seconds[name] = now - before
                 before = now
         commit = shards.commit(video, members if video.live else [], config.output, described)
-        seconds["commit"] = cpu_seconds(own) - before
+        seconds["commit"] = family_cpu(own) - before
         done.put({"frames": sum(commit.frames[key] for key in commit.slices), "seconds": seconds})
 
 
@@ -332,10 +358,15 @@ def stage_table(turns: list[Turn], skip: float) -> Table:
     return table
 
 
-def side_table(sides: Mapping[str, list[Turn]], skip: float) -> tuple[Table, float, float]:
-    """Rates of every turn, and the ratio of the medians: of frames a second, and of frames a CPU second."""
+def side_table(sides: Mapping[str, list[Turn]], skip: float) -> tuple[Table, dict[str, float]]:
+    """Rates of every turn, and by rate the median of Ray over that of the bare loop."""
     table = Table(title="steady state", title_justify="left")
-    names = ("turn", "videos", "s", "kept frames/s", "busy cores", "kept frames/CPU s", "peak MiB")
+    # fmt: off
+    names = (
+        "turn", "videos", "s", "kept frames/s", "busy cores", "kept frames/CPU s", "whole turn: frames/s",
+        "frames/CPU s", "peak MiB",
+    )
+    # fmt: on
     for column in names:
         table.add_column(column, justify="left" if column == "turn" else "right")
     medians = {}
@@ -349,14 +380,12 @@ def side_table(sides: Mapping[str, list[Turn]], skip: float) -> tuple[Table, flo
                 f"{rate['frames_per_second']:.2f}",
                 f"{rate['busy_cores']:.2f}",
                 f"{rate['frames_per_cpu_second']:.2f}",
+                f"{rate['whole_frames_per_second']:.2f}",
+                f"{rate['whole_frames_per_cpu_second']:.2f}",
                 f"{turn.peak_mib:,.0f}",
             )
         medians[side] = {name: median(rate[name] for rate in rates) for name in rates[0]}
-    by_clock, by_cpu = (
-        medians["Ray"][name] / medians["bare"][name]
-        for name in ("frames_per_second", "frames_per_cpu_second")
-    )
-    return table, by_clock, by_cpu
+    return table, {name: value / medians["bare"][name] for name, value in medians["Ray"].items()}
 
 
 def take_turns(config: BenchmarkConfig, folder: Path) -> Iterator[tuple[str, Turn]]:
@@ -388,10 +417,10 @@ def main() -> None:
             rates = turn.rates(config.skip)
             told = ", ".join(f"{key} {value:.2f}" for key, value in rates.items())
             say(f"{side}: {len(turn.ends)} videos; {told}; load {os.getloadavg()[0]:.1f}")
-    table, by_clock, by_cpu = side_table(sides, config.skip)
+    table, ratios = side_table(sides, config.skip)
     say(stage_table(sides["bare"], config.skip))
     say(table)
-    say(f"Ray reaches {by_clock:.1%} of the bare loop's frames a second, {by_cpu:.1%} a CPU second")
+    say("Ray over the bare loop: " + ", ".join(f"{name} {it:.1%}" for name, it in ratios.items()))
     rate = median(turn.rates(config.skip)["frames_per_cpu_second"] for turn in sides["Ray"])
     say(
         f"{rate * 86400 / UTTERANCE_FRAMES:,.0f} utterances per core and day "

@@ -596,6 +596,13 @@ def _serve(parent: int) -> None:
 # And this in the parent.
 
 
+KEPT_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20),
+}
+"""For glibc: pictures of 6 MB come and go; given back each time, their pages cost the child a fifth of its CPU time."""
+
+
 class _ReadError(Exception):
     """One decoder failed; another may succeed."""
 
@@ -620,7 +627,7 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | KEPT_MEMORY | {"PYTHONPATH": path},
         )
         self.reads = 0
         assert self.process.stdin is not None
