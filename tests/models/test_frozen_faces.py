@@ -221,6 +221,7 @@ def test_the_crop_for_fan_is_the_usual_one_made_faster(portrait):
     assert fan_crop(portrait, fan_matrix(np.array([900.0, 0, 950, 50]))).max() == 0
 
 
+@pytest.mark.slow
 def test_decoding_refines_what_face_alignment_decodes():
     """Its points lie a quarter cell from the middle of the largest cell, towards the larger neighbour; ours further or less
     far in the same direction."""
