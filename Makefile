@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 # A test run is its own: no cluster, tracking server or leftover token of this machine takes part. Ray's sessions go to a
-# folder that is removed afterwards; its path is short because sockets lie below it.
+# folder that is removed afterwards; its path is short because sockets lie below it. One thread a process: small networks
+# gain nothing from more, many processes at once lose much, and sums come out the same on every machine.
 PYTEST = sessions=$$(mktemp -d /tmp/headray.XXXX) && trap 'rm -rf "$$sessions"' EXIT && \
 	env -u RAY_ADDRESS -u MLFLOW_TRACKING_URI RAY_TMPDIR=$$sessions RAY_AUTH_MODE=disabled \
-	RAY_USAGE_STATS_ENABLED=0 RAY_TRAIN_ENABLE_PRINT_PATCH=0 RAY_DATA_DISABLE_PROGRESS_BARS=1 \
+	RAY_USAGE_STATS_ENABLED=0 RAY_TRAIN_ENABLE_PRINT_PATCH=0 RAY_DATA_DISABLE_PROGRESS_BARS=1 OMP_NUM_THREADS=1 \
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest
 
 .PHONY: help demo test fast lint format
