@@ -91,14 +91,15 @@ def test_workers_elsewhere_need_a_tracking_server(
     from ray.cluster_utils import Cluster
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    size = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=size)
     try:
         ray.init(address=cluster.address, logging_level="ERROR")
         runtime.require_reach(ClusterConfig(num_workers=2))
         with pytest.raises(SystemExit) as ended:
             runtime.require_reach(ClusterConfig(num_workers=3))  # an autoscaler would start a node
         assert ended.value.code == runtime.USAGE
-        cluster.add_node(num_cpus=2)
+        cluster.add_node(**size)
         with pytest.raises(SystemExit) as ended:
             runtime.require_reach(ClusterConfig(num_workers=2))
         assert ended.value.code == runtime.USAGE
