@@ -2,7 +2,7 @@
 
 Written aside and renamed, so that a name that is there is a whole checkpoint, on a disk or in a bucket, whoever was
 killed when. Read with ``weights_only=True``: a file from elsewhere cannot run code. Random numbers are not in it, since the
-loop draws them anew from (seed, samples_seen, rank). docs/decisions/0005 says why these are not Ray Train's.
+loop draws them anew from (seed, samples_seen, rank). docs/decisions/0006 says why these are not Ray Train's.
 """
 
 from __future__ import annotations
