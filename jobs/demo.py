@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from jobs import runtime
 from pipelines import report, shards, storage, video
-from pipelines.preprocess import NothingUsableError
+from pipelines.output import NothingUsableError
 
 FACE = (163.0, 62.0, 285.0, 184.0)
 """Square around the face in the portrait, pixels, as an annotator would draw it: (left, top, right, bottom)."""
@@ -289,6 +289,7 @@ def job() -> None:
             f"--input={folder / 'list'}",
             f"--output={dataset}",
             f"--download.url-template={url}/{{video}}.mp4",
+            "--identities.min-twin-cosine=1",  # all its people are one portrait
         )
     if code:
         raise SystemExit(code)

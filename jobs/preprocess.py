@@ -16,21 +16,28 @@ from __future__ import annotations
 if not __package__:
     import script_path  # noqa: F401
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import tyro
 from rich.table import Table
 
 from jobs import runtime
-from pipelines import forecast, preprocess, replay, report, storage, tracking
+from pipelines import forecast, preprocess, replay, report, shards, storage, tracking
 from pipelines.crops import CropsConfig
-from pipelines.download import DownloadConfig
+from pipelines.download import DownloadConfig, manners_towards
 from pipelines.forecast import Forecast, Range
-from pipelines.preprocess import NothingUsableError, Outcome, PreprocessConfig, Progress
+from pipelines.limiter import find_pauses
+from pipelines.listing import shown
+from pipelines.output import NothingUsableError, OutputLock
+from pipelines.preprocess import Outcome, PreprocessConfig
+from pipelines.progress import Progress
 from pipelines.schema import Video
 from pipelines.shards import ShardsConfig
+from pipelines.tracking import DatasetEntry
 
 PRESETS = {
     # Reads clips of any height; thresholds that suit webcams and phones. No download of weights: dlib's are in a wheel.
@@ -72,37 +79,126 @@ def make(config: PreprocessConfig) -> None:
     """Check everything, lock the output, record, and make the dataset or the rows of one stage."""
     preprocess.check(config)
     videos = preprocess.open_list(config)
-    with preprocess.OutputLock(config.output):
+    with OutputLock(config.output):
         flat = runtime.record(config, config.output)
         if config.stop_after:
             save_rows(config, videos)
             return
-        outcome, store = publish(config, videos, flat)
-    summarise(config, outcome, store)
+        outcome, places = publish(config, videos, flat)
+    summarise(config, outcome, places)
 
 
 def publish(
     config: PreprocessConfig, videos: Iterator[Video], flat: dict[str, Any]
-) -> tuple[Outcome, tracking.Store]:
-    """Connect and run; MLflow keeps the flat configuration, what came out, and the report."""
+) -> tuple[Outcome, list[str]]:
+    """Connect and run; MLflow keeps the flat configuration, series, what came out, lineage and the report.
+
+    Returns:
+        what the run made, and lines that say how MLflow shows it.
+    """
     store = tracking.find_store(config.output, runtime.submitted())
-    tags = {
-        "git_commit": runtime.code_version()["commit"],
-        "dataset": config.output,
-        "job": "preprocess",
-    }
+    place = shown(config.output)
+    tags = tracking.run_tags(
+        run_name(place), "jobs/preprocess.py", runtime.code_version()["commit"], dataset=place
+    )
+    manners = manners_towards("", config.download)
     with tracking.open_run(store, "headray-preprocess", flat, tags) as run:
         runtime.connect(config.minimum_cpus)
-        with Progress(runtime.console.print) as progress:
+        with Progress(
+            runtime.console.print, record=run.series, watch=partial(find_pauses, manners)
+        ) as progress:
             try:
                 outcome = preprocess.run(config, videos, progress)
-            except NothingUsableError:
+            except NothingUsableError as error:
                 log_report(run, config.output)
+                run.note(f"**Nothing was published.** {error}")
                 raise
-        log_report(run, config.output)
         run.metrics(metrics(outcome))
+        log_lineage(run, config, outcome.manifest)
+        run.note(note(config, outcome))
         run.record(outcome.manifest, "dataset.json")
-    return outcome, store
+        log_report(run, config.output)
+    places = [store.show, tracking.run_address(store, run)]
+    if run.trouble:
+        places.append(f"it did not take all of this run: {run.trouble}")
+    return outcome, places
+
+
+def dataset_name(uri: str) -> str:
+    """The last part of a URI: what a dataset or a list is called in MLflow."""
+    return uri.rstrip("/").rpartition("/")[2] or uri
+
+
+def run_name(uri: str) -> str:
+    """The last two parts of a URI: folders are often called ``dataset``."""
+    return "/".join(uri.rstrip("/").split("/")[-2:])
+
+
+def log_lineage(run: tracking.Run, config: PreprocessConfig, manifest: Mapping[str, Any]) -> None:
+    """The list that went in and the dataset that came out, by digest; trainings log the same name and digest."""
+    counts = manifest["counts"]
+    content = storage.read_bytes(storage.join(config.output, shards.MANIFEST))
+    sha256 = hashlib.sha256(content).hexdigest()
+    published = {
+        kind: counts[kind].get("published", 0)
+        for kind in ("identities", "videos", "tracks", "frames")
+    }
+    place = shown(config.output)
+    run.dataset(
+        DatasetEntry(
+            name=dataset_name(place),
+            digest=f"v{manifest['dataset_version']}-{sha256[:12]}",
+            uri=place,
+            context="published",
+            profile=published | {"splits": manifest["splits"], "sha256": sha256},
+            columns=shards.INDEX_SCHEMA,
+        )
+    )
+    listed = shown(config.input)
+    run.dataset(
+        DatasetEntry(
+            name=dataset_name(listed),
+            digest=manifest["list_sha256"],
+            uri=listed,
+            context="list",
+            profile={kind: counts[kind]["listed"] for kind in ("identities", "videos")},
+        )
+    )
+    run.tags({"dataset_version": str(manifest["dataset_version"]), "dataset_sha256": sha256})
+
+
+def note(config: PreprocessConfig, outcome: Outcome) -> str:
+    """The summary in Markdown, for the run's page."""
+    manifest = outcome.manifest
+    counts = manifest["counts"]
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    lines = [
+        f"**{run_name(shown(config.output))}, version {manifest['dataset_version']}**: "
+        f"{counts['frames']['published']:,} frames of {counts['identities']['published']:,} people in "
+        f"{len(manifest['shards'])} shards, {size / 2**20:,.1f} MiB, made in {outcome.seconds:,.0f} s. "
+        "The report with pictures and reasons is in *Artifacts*, `report/index.html`; how it went over time in "
+        f"*Model metrics*, `progress` and `stage`. The dataset is at `{shown(config.output)}`.",
+        "",
+        "| | in | out |",
+        "|---|---:|---:|",
+        *(f"| {name} | {went_in} | {came_out} |" for name, went_in, came_out in funnel(counts)),
+    ]
+    for kind, causes in counts["causes"].items():
+        if causes:
+            lines += ["", f"| {kind} not in the dataset | |", "|---|---:|"]
+            lines += [f"| {cause} | {count:,} |" for cause, count in list(causes.items())[:10]]
+    return "\n".join(lines)
+
+
+def funnel(counts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, what went in and what came out."""
+    frames = counts["frames"]
+    return [
+        ("identities", *_pair(counts["identities"], "listed")),
+        ("videos", *_pair(counts["videos"], "listed")),
+        ("tracks", *_pair(counts["tracks"], "found")),
+        ("frames", f"{sum(frames.values()):,}", f"{frames['published']:,}"),
+    ]
 
 
 def log_report(run: tracking.Run, output: str) -> None:
@@ -180,7 +276,7 @@ def show_replay(config: PreprocessConfig) -> None:
     """Run one stage on saved rows and print what it changed, video by video."""
     preprocess.check_weights(config)
     keys = replay.saved_keys(config)
-    with preprocess.OutputLock(config.output):
+    with OutputLock(config.output):
         runtime.connect(config.minimum_cpus)
         show_changes(config, keys)
 
@@ -204,36 +300,33 @@ def show_changes(config: PreprocessConfig, keys: list[str]) -> None:
 
 
 def metrics(outcome: Outcome) -> dict[str, float]:
-    """Counts and times for MLflow."""
+    """Counts and times for MLflow, which shows sections by name: after ``progress``, before ``stage``."""
     counts = outcome.manifest["counts"]
-    values: dict[str, float] = {"seconds": outcome.seconds, "videos/new": outcome.new_videos}
+    values: dict[str, float] = {"seconds": outcome.seconds, "new_videos": outcome.new_videos}
     for kind in ("identities", "videos", "tracks", "frames"):
         values |= {f"{kind}/{state}": count for state, count in counts[kind].items()}
     for kind, causes in counts["causes"].items():
         for cause, count in causes.items():
-            values[f"causes/{kind}/{cause.replace(': ', '/').replace(' ', '_')}"] = count
+            values[f"{kind}_lost/{cause.replace(': ', '_').replace(' ', '_')}"] = count
     values |= {f"stage_seconds/{name}": value for name, value in outcome.stage_seconds.items()}
-    return values
+    return {f"result/{name}": value for name, value in values.items()}
 
 
-def summarise(config: PreprocessConfig, outcome: Outcome, store: tracking.Store) -> None:
-    """What was kept, what was rejected and why, where to look, what to run next."""
+def summarise(config: PreprocessConfig, outcome: Outcome, places: list[str]) -> None:
+    """What was kept, what was rejected and why, where to look (``places``: in MLflow), what to run next."""
     say = runtime.console.print
     manifest = outcome.manifest
     counts = manifest["counts"]
-    funnel = Table(title=f"dataset version {manifest['dataset_version']}", title_justify="left")
+    table = Table(title=f"dataset version {manifest['dataset_version']}", title_justify="left")
     for column in ("", "in", "out"):
-        funnel.add_column(column, justify="left" if not column else "right")
-    funnel.add_row("identities", *_pair(counts["identities"], "listed"))
-    funnel.add_row("videos", *_pair(counts["videos"], "listed"))
-    funnel.add_row("tracks", *_pair(counts["tracks"], "found"))
-    frames = counts["frames"]
-    funnel.add_row("frames", f"{sum(frames.values()):,}", f"{frames['published']:,}")
+        table.add_column(column, justify="left" if not column else "right")
+    for row in funnel(counts):
+        table.add_row(*row)
     for split, numbers in manifest["splits"].items():
-        funnel.add_row(
+        table.add_row(
             f"  {split}", "", f"{numbers['videos']:,} videos / {numbers['identities']:,} identities"
         )
-    say(funnel)
+    say(table)
     for kind, causes in counts["causes"].items():
         if causes:
             reasons = Table(title=f"{kind} not in the dataset, by cause", title_justify="left")
@@ -251,7 +344,8 @@ def summarise(config: PreprocessConfig, outcome: Outcome, store: tracking.Store)
         )
     say(f"dataset  {config.output}")
     say(f"report   {storage.join(config.output, report.PAGE)}")
-    say(f"mlflow   {store.show}")
+    for place in places:
+        say(f"mlflow   {place}")
     say(f"next     python jobs/dataset.py verify --dataset {config.output}")
 
 

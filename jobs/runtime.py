@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -10,25 +11,44 @@ import secrets
 import socket
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import tyro
 from rich.console import Console
 
 from models.frozen.weights import WeightsError
-from pipelines import storage
-from pipelines.download import public
-from pipelines.preprocess import ConfigError, NothingUsableError
+from pipelines import shards, storage, tracking
+from pipelines.download import public, public_url
+from pipelines.output import (
+    CONFIG,
+    WORK,
+    ConfigError,
+    NothingUsableError,
+    OutputLock,
+    flatten,
+    require_same_recipe,
+)
 from pipelines.shards import DatasetError
 from pipelines.tracking import TrackingError
 from pipelines.voxceleb import ListError
 
+if TYPE_CHECKING:
+    from pipelines.training import Batches, Build, ClusterConfig, HeldOut, Training
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 DONE, FAULT, USAGE, NOTHING = 0, 1, 2, 3
-USER_ERRORS = (ConfigError, DatasetError, ListError, TrackingError, WeightsError)
+USER_ERRORS = (
+    ConfigError,
+    DatasetError,
+    ListError,
+    storage.PlaceError,
+    TrackingError,
+    WeightsError,
+)
 
 Config = TypeVar("Config")
 console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -60,6 +80,8 @@ def parse(presets: Mapping[str, Config], description: str) -> Config:
 
 def location(flag: str, uri: str) -> str:
     """The value of a flag that names a file or folder, made absolute; one that nothing here can open is usage."""
+    if uri.startswith("models:/"):
+        return uri
     try:
         return storage.absolute(uri)
     except (ValueError, ImportError) as error:  # an unknown scheme, or one whose package is missing
@@ -78,7 +100,10 @@ def main(job: Callable[[], None]) -> None:
     try:
         job()
     except USER_ERRORS as error:
-        usage(str(error))
+        original = getattr(
+            error, "cause", error
+        )  # of an error in a worker, to which Ray adds lines
+        usage(str(original).splitlines()[0])
     except NothingUsableError as error:
         Console(stderr=True, soft_wrap=True, markup=False).print(f"nothing usable: {error}")
         raise SystemExit(NOTHING) from None
@@ -90,8 +115,13 @@ def main(job: Callable[[], None]) -> None:
         raise SystemExit(FAULT) from None
 
 
-def record(config: Any, output: str) -> dict[str, Any]:
+def record(config: Any, output: str, job: str = "preprocess") -> dict[str, Any]:
     """Print the resolved configuration and write it with the code's version as ``OUTPUT/config.json``, without secrets.
+
+    Args:
+        config: of the job.
+        output: folder or URI.
+        job: its name; says what the configuration is of.
 
     Returns:
         the flat configuration (``download.min_height``), for MLflow.
@@ -104,20 +134,9 @@ def record(config: Any, output: str) -> dict[str, Any]:
     for group, values in [("", own), *groups.items()]:
         told = " ".join(f"{name}={value!r}" for name, value in flatten(values).items())
         console.print(f"  {group + ': ' if group else ''}{told}")
-    content = {"config": nested, "code": code_version()}
+    content = {"job": job, "config": nested, "code": code_version()}
     data = json.dumps(content, indent=1, sort_keys=True).encode()
-    storage.write_atomic(storage.join(output, "config.json"), data)
-    return flat
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` → ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
+    storage.write_atomic(storage.join(output, CONFIG), data)
     return flat
 
 
@@ -197,3 +216,174 @@ def connect(minimum_cpus: float) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+
+
+# --- trainings ----------------------------------------------------------------------------------------------------
+
+
+def train(
+    name: str,
+    config: Any,
+    *,
+    build: Build,
+    batches: Batches,
+    held_out: HeldOut,
+    remarks: Sequence[str],
+) -> None:
+    """What every training job does once it has checked its configuration: lock, record, connect, train, summarise.
+
+    Args:
+        name: of the model.
+        config: with ``dataset``, ``output``, ``training``, ``cluster`` and ``health``.
+        build: of the learner.
+        batches: to train on.
+        held_out: to evaluate on.
+        remarks: what the summary says of the training beside its numbers.
+    """
+    from pipelines import checkpoints, journal, training
+
+    recipe = {
+        field: value
+        for field, value in flatten(public(dataclasses.asdict(config))).items()
+        if not field.startswith(training.OPERATIONAL)
+    }
+    require_same_recipe(config.output, recipe)
+    with OutputLock(config.output):
+        told = prepare_training(name, config)
+        work = training.Training(
+            output=config.output,
+            build=build,
+            batches=batches,
+            held_out=held_out,
+            config=config.training,
+            cluster=config.cluster,
+            health=config.health,
+            **told,
+        )
+        seen = checkpoints.samples_of(checkpoints.newest(config.output))
+        bundle = storage.join(config.output, journal.BUNDLE)
+        started = time.perf_counter()
+        if seen >= config.training.samples and storage.exists(storage.join(bundle, CONFIG)):
+            console.print(
+                f"nothing to do: {seen:,} samples were seen; --training.samples takes more"
+            )
+        else:
+            if seen:
+                console.print(f"going on from {seen:,} samples")
+            if not training.is_local(config.cluster):
+                connect(max(config.cluster.num_workers, 1))
+                require_reach(config.cluster)
+            priced = config.cluster.price_per_worker_hour > 0
+            try:
+                with journal.Watch(config.output, priced, console.print):
+                    training.run(work)
+            except BaseException as error:
+                status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+                close_run(work, status)
+                raise
+        waiting = close_run(work)
+    summarise_training(work, time.perf_counter() - started, waiting, remarks)
+
+
+def prepare_training(name: str, config: Any) -> dict[str, Any]:
+    """Write the configuration, describe the MLflow run, and say what the bundle's card will; warns of another dataset."""
+    manifest = storage.read_bytes(storage.join(config.dataset, shards.MANIFEST))
+    digest = hashlib.sha256(manifest).hexdigest()
+    lineage = tracking.Lineage(
+        uri=public_url(config.dataset),
+        version=json.loads(manifest)["dataset_version"],
+        digest=digest[:12],
+    )
+    before = tracking.read_lineage(config.output)
+    if before and before != lineage:
+        console.print(
+            f"warning: the dataset was version {before.version} ({before.digest}) before and is {lineage.version} "
+            f"({lineage.digest}) now; the run goes on with the new one"
+        )
+    flat = record(config, config.output, f"train_{name}")
+    code = code_version()
+    tags = {
+        "git_commit": code["commit"],
+        "mlflow.source.git.commit": code["commit"],
+        "git_dirty": str(code["dirty"]),
+        "dataset": lineage.uri,
+        "output": public_url(config.output),
+        "job": f"train_{name}",
+    }
+    written = json.loads(storage.read_bytes(storage.join(config.output, CONFIG)))
+    tracking.begin(config.output, f"headray-{name}", flat, tags, lineage, written)
+    return {
+        "store": tracking.find_store(config.output, submitted()),
+        "model_name": f"headray-{name}",
+        "card": {"model": name, "dataset": dataclasses.asdict(lineage), "code": code},
+    }
+
+
+def require_reach(cluster: ClusterConfig) -> None:
+    """End with 2 when workers may run where they cannot reach this machine's files, in which MLflow would record."""
+    import ray
+
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    here = ray.get_runtime_context().get_node_id()
+    own = next(node["Resources"] for node in nodes if node["NodeID"] == here)
+    needed = max(cluster.num_workers, 1) * max(cluster.cpus_per_worker, 1)
+    gpus = cluster.num_workers if cluster.gpu == "yes" else 0
+    if len(nodes) > 1 or own.get("CPU", 0) < needed or own.get("GPU", 0) < gpus:
+        usage(
+            "MLFLOW_TRACKING_URI is not set, and workers on other machines cannot reach files on this one; start an MLflow "
+            'server and set it (ray job submit --runtime-env-json \'{"env_vars": {"MLFLOW_TRACKING_URI": ...}}\')'
+        )
+
+
+def close_run(work: Training, status: str = "") -> int:
+    """Send what still waits for MLflow, and how the run ended unless its rank 0 said so; returns what must go on waiting."""
+    from pipelines import journal
+
+    if not work.store or not (status or tracking.num_pending(work.output)):
+        return 0
+    tracker = tracking.Tracker(work.output, work.store)
+    if status:
+        tracker.end(status, int(journal.read_progress(work.output).get("samples_seen", 0)))
+    return tracker.close()
+
+
+def summarise_training(
+    work: Training, seconds: float, waiting: int, remarks: Sequence[str]
+) -> None:
+    """What was made, where it is, what to run next."""
+    from pipelines import journal
+
+    say = console.print
+    progress = journal.read_progress(work.output)
+    say(
+        f"{progress['samples_seen']:,} samples, {seconds:,.0f} s now, {progress['seconds']:,.0f} s in all"
+    )
+    for name, value in sorted(progress["values"].items()):
+        if name.startswith(("loss/", "eval/")):
+            say(f"  {name:<36}{value:.5g}")
+    for remark in remarks:
+        say(f"  {remark}")
+    bundle = storage.join(work.output, journal.BUNDLE)
+    say(f"bundle   {bundle}")
+    say(f"preview  {storage.join(bundle, 'preview.png')}")
+    if work.store:
+        say(f"mlflow   {work.store.show}")
+    if waiting:
+        say(f"{waiting} records wait for MLflow; the same command sends them when it is back")
+    say(
+        f"next     the same command with --training.samples {2 * work.config.samples} goes on from here"
+    )
+
+
+def fetch_bundle(uri: str, output: str) -> str:
+    """A bundle where all workers can read it: one of the registry is copied to ``OUTPUT/work/init``, others stay."""
+    if not uri.startswith("models:/"):
+        return uri
+    found = tracking.find_bundle(uri)
+    place = storage.join(output, WORK, "init")
+    for name in storage.names_below(found):
+        content = storage.read_bytes(storage.join(found, name))
+        storage.write_atomic(storage.join(place, name), content)
+    return place

@@ -4,10 +4,14 @@ A video with tracks comes in; out come, for each track that is kept, the members
 pixels, ``KEY.matrix.npy`` (n, 2, 3) frame → window, ``KEY.scores.npy`` (n, 4) :data:`SCORE_COLUMNS`, and one
 ``KEY.NNNNNN.jpg`` per frame. Frames whose landmarks cannot be a face's are dropped and counted; then tracks are judged
 by medians over the frames that are left: too few, too small, too far outside the picture.
+
+With ``smooth`` the frames are decoded twice: landmarks are located, then located again in boxes that move smoothly, and their
+paths are smoothed (:mod:`pipelines.smoothing`); windows are cut by the smoothed landmarks of the first pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +20,8 @@ import numpy as np
 
 from models.frozen import landmarks as landmarkers
 from models.frozen import weights
-from models.frozen.landmarks import Landmarker, LandmarkerName
-from pipelines import storage
+from models.frozen.landmarks import FanConfig, Landmarker, LandmarkerName
+from pipelines import smoothing, snapshots, storage
 from pipelines.geometry import (
     CropRule,
     Floats,
@@ -61,9 +65,6 @@ SCORE_COLUMNS = ("window_side", "inside", "box_score", "sharpness")
 """Columns of ``KEY.scores.npy``, and names of the medians in ``Track.scores``: side of the window in source pixels,
 share of the window inside the frame, the detector's score, and :func:`sharpness`."""
 
-FRAMES_AT_ONCE = 8
-"""Full frames held in memory, and images given to the landmarker together."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class LandmarkGate:
@@ -102,6 +103,11 @@ class CropsConfig:
     """Of 100. Colour is stored at full resolution (4:4:4): a third more bytes than 4:2:0, for 2 to 7 dB less error."""
     landmarker: LandmarkerName = "dlib"
     """``dlib`` (weights in a wheel, 2.5 ms on a CPU) or ``fan`` (2DFAN-4, wants a GPU)."""
+    fan: FanConfig = field(default_factory=FanConfig)
+    """How ``fan`` is run."""
+    smooth: bool = False
+    """Take the tremble out of landmarks and windows, leave blinks; decodes twice. Needs every frame of a track
+    (``--tracks.frames-per-second 0``): frames that are not neighbours have nothing to smooth."""
     min_window: float = 384.0
     """Least median side of the square in the frame, source px: smaller heads would be enlarged too much."""
     min_inside: float = 0.4
@@ -124,6 +130,8 @@ class CropsConfig:
             raise ValueError(f"min_inside is a share between 0 and 1, got {self.min_inside}")
         if self.min_frames < 1:
             raise ValueError(f"min_frames must be at least 1, got {self.min_frames}")
+        if self.fan != FanConfig() and self.landmarker != "fan":
+            raise ValueError(f"fan is set, but the landmarker is {self.landmarker}")
 
 
 def weight_names(config: CropsConfig) -> tuple[str, ...]:
@@ -229,9 +237,16 @@ class Sheet:
         self.key = video.track_key(track)
         self.boxes = np.array(track.boxes, dtype=np.float64)
         self.position = {index: i for i, index in enumerate(track.indices)}
+        self.searched = self.boxes.copy()
+        """Boxes in which landmarks are located; with ``smooth``, in the second pass, steadier than the detected ones."""
+        self.first: dict[int, Floats] = {}
+        """Believable landmarks of the first pass by frame index, frame pixels; with ``smooth`` only."""
+        self.guides: dict[int, Floats] = {}
+        """The same, smoothed: windows are cut by them."""
         self.keep = np.zeros(len(track.indices), dtype=bool)
         self.last_drop = ""
         self.landmarks: list[Floats] = []
+        """Frame pixels."""
         self.matrices: list[Floats] = []
         self.scores: list[tuple[float, ...]] = []
         self.pictures: list[Member] = []
@@ -239,6 +254,27 @@ class Sheet:
         """The one window of all frames, where the rule wants that."""
         if config.crop_rule == "fomm":
             self.fixed = fomm_window(self.boxes, config.size, config.crop_scale)
+
+    def look(self, index: int, landmarks: Floats) -> None:
+        """Take the landmarks (68, 2) of the first pass, frame pixels, if they can be believed."""
+        if self._believes(index, landmarks):
+            self.first[index] = landmarks
+
+    def steady(self) -> None:
+        """End the first pass."""
+        if not self.first:
+            return
+        indices = sorted(self.first)
+        points = np.stack([self.first[index] for index in indices])
+        rows = [self.position[index] for index in indices]
+        self.searched[rows] = smoothing.steady_boxes(points, self.boxes[rows], indices)
+        self.guides = dict(zip(indices, smoothing.smooth(points, indices), strict=True))
+
+    def _believes(self, index: int, landmarks: Floats) -> bool:
+        box = self.searched[self.position[index]]
+        reason = implausible(landmarks, box, self.config.gate)
+        self.last_drop = reason or self.last_drop
+        return not reason
 
     def add(self, index: int, image: Image, landmarks: Floats) -> None:
         """Cut one frame, or drop it.
@@ -249,21 +285,30 @@ class Sheet:
             landmarks: (68, 2) of this track's face, frame pixels.
         """
         i, config = self.position[index], self.config
-        box = self.boxes[i]
-        reason = implausible(landmarks, box, config.gate)
-        if reason:
-            self.last_drop = reason
+        if config.smooth and index not in self.guides:
             return
-        matrix = frame_window(landmarks, box, config) if self.fixed is None else self.fixed
+        if not self._believes(index, landmarks):
+            return
+        box = self.searched[i]
+        guide = self.guides[index] if config.smooth else landmarks
+        matrix = frame_window(guide, box, config) if self.fixed is None else self.fixed
         size = (config.size, config.size)
         inside = inside_share(matrix, size, (image.shape[1], image.shape[0]))
         side = window_side(matrix, config.size)
         self.keep[i] = True
-        self.landmarks.append(transform(matrix, landmarks))
+        self.landmarks.append(landmarks)
         self.matrices.append(matrix)
         self.scores.append((side, inside, self.track.box_scores[i], sharpness(image, box)))
         picture = encode(warp(image, matrix, size), config.jpeg_quality)
         self.pictures.append((frame_member(self.key, index), picture))
+
+    @property
+    def snapshot(self) -> list[Member]:
+        """A small picture of the window in the middle of the track; none where no window was cut."""
+        if not self.pictures:
+            return []
+        _, jpeg = self.pictures[len(self.pictures) // 2]
+        return [(snapshots.only(self.key), snapshots.shrink(jpeg))]
 
     def close(self, video: Video) -> tuple[Track, list[Member]]:
         """The track, judged, and its members (none when it is rejected)."""
@@ -278,7 +323,8 @@ class Sheet:
         scores = np.array(self.scores, dtype=np.float32)
         medians = np.median(scores, axis=0)
         named = {name: round(float(v), 4) for name, v in zip(SCORE_COLUMNS, medians, strict=True)}
-        track = replace(track, scores=track.scores | named)
+        points, measured = self._final(track.indices)
+        track = replace(track, scores=track.scores | named | measured)
         values = (
             f"window side {named['window_side']:.0f} px, {named['inside']:.2f} inside the frame"
         )
@@ -288,13 +334,23 @@ class Sheet:
         if named["inside"] < config.min_inside:
             detail = f"{values}; min_inside is {config.min_inside:g}"
             return reject_track(track, Cause.CROP_OUTSIDE, detail), []
+        seen = [transform(*pair) for pair in zip(self.matrices, points, strict=True)]
         arrays = {
-            "landmarks": np.array(self.landmarks, dtype=np.float32),
+            "landmarks": np.array(seen, dtype=np.float32),
             "matrix": np.array(self.matrices, dtype=np.float32),
             "scores": scores,
         }
         members = [(f"{self.key}.{name}.npy", npy_bytes(array)) for name, array in arrays.items()]
         return track, members + self.pictures
+
+    def _final(self, indices: Sequence[int]) -> tuple[Floats, dict[str, float]]:
+        """Landmarks (n, 68, 2) of the kept frames as they are stored, but in frame pixels, and how they move."""
+        points = np.stack(self.landmarks)
+        if not self.config.smooth:
+            return points, smoothing.measure(points, None, indices)
+        raw = np.stack([self.first[index] for index in indices])
+        smooth = smoothing.smooth(points, indices)
+        return smooth, smoothing.measure(raw, smooth, indices)
 
 
 def cut(
@@ -310,14 +366,20 @@ def cut(
 
     Returns:
         the video with its tracks judged and thinned, rejected when none is left or its file does not decode, and the
-        members of the tracks that are kept, in the order of the tracks.
+        members of the tracks that are kept, in the order of the tracks; then a snapshot of each that was cut.
 
     Raises:
         FileNotFoundError: the downloaded file has gone.
     """
     sheets = [Sheet(video, track, config) for track in video.tracks if track.state == "open"]
     try:
-        _fill(sheets, video, decoder, landmarker)
+        if config.smooth:
+            for sheet, index, _, landmarks in _located(sheets, video, decoder, landmarker):
+                sheet.look(index, landmarks)
+            for sheet in sheets:
+                sheet.steady()
+        for sheet, index, image, landmarks in _located(sheets, video, decoder, landmarker):
+            sheet.add(index, image, landmarks)
     except VideoError as error:
         return reject(video, error.cause, error.detail), []
     closed = {sheet.track.name: sheet.close(video) for sheet in sheets}
@@ -328,11 +390,14 @@ def cut(
     used = f"{config.landmarker} {weights.REGISTRY[network].sha256[:12]}"
     video = replace(video, tracks=tracks, versions=video.versions | {"landmarks": used})
     members = [member for _, made in closed.values() for member in made]
+    members += [member for sheet in sheets for member in sheet.snapshot]
     return end_if_empty(video), members
 
 
-def _fill(sheets: list[Sheet], video: Video, decoder: Decoder, landmarker: Landmarker) -> None:
-    """Show every sheet its frames, a few at a time."""
+def _located(
+    sheets: list[Sheet], video: Video, decoder: Decoder, landmarker: Landmarker
+) -> Iterator[tuple[Sheet, int, Image, Floats]]:
+    """Each frame of each sheet, in order of time: its index, the whole picture, landmarks (68, 2) in frame pixels."""
     indices = {index for sheet in sheets for index in sheet.position}
     if not indices:
         return
@@ -341,17 +406,17 @@ def _fill(sheets: list[Sheet], video: Video, decoder: Decoder, landmarker: Landm
             raise FileNotFoundError(f"{video.blob}: gone since it was downloaded")
         ranges = [(min(indices), max(indices) + 1)]
         frames = decoder.read(path, VideoInfo(**video.probe), ranges=ranges, images=indices)
-        for some in batched(frames, FRAMES_AT_ONCE):
+        for some in batched(frames, landmarker.images_at_once):
             images: list[Image] = [frame.image for frame in some if frame.image is not None]
             shown = [[sheet for sheet in sheets if frame.index in sheet.position] for frame in some]
             boxes = [
-                np.array([sheet.boxes[sheet.position[frame.index]] for sheet in present])
+                np.array([sheet.searched[sheet.position[frame.index]] for sheet in present])
                 for frame, present in zip(some, shown, strict=True)
             ]
             located = landmarker.locate_many(images, boxes)
             for frame, image, present, points in zip(some, images, shown, located, strict=True):
                 for sheet, landmarks in zip(present, points, strict=True):
-                    sheet.add(frame.index, image, landmarks.astype(np.float64))
+                    yield sheet, frame.index, image, landmarks.astype(np.float64)
 
 
 class Cropper:
@@ -360,16 +425,17 @@ class Cropper:
     def __init__(self, config: CropsConfig, decoder: DecoderConfig | None = None) -> None:
         self.config = config
         self.decoder = Decoder(decoder)
-        self.landmarker = landmarkers.load_landmarker(config.landmarker)
+        self.landmarker = landmarkers.load_landmarker(config.landmarker, fan=config.fan)
         use_one_thread()
 
     def __call__(self, row: VideoRow) -> VideoRow:
         """One video."""
         return run_stage("crops", self.crop, row)
 
-    def crop(self, video: Video, _members: list[Member]) -> tuple[Video, list[Member]]:
-        """The stage on an unpacked row; no stage before it makes members."""
-        return cut(video, self.decoder, self.landmarker, self.config)
+    def crop(self, video: Video, members: list[Member]) -> tuple[Video, list[Member]]:
+        """The stage on an unpacked row; all members of the stages before it are snapshots."""
+        video, cuts = cut(video, self.decoder, self.landmarker, self.config)
+        return video, [*members, *cuts]
 
 
 def add_crops(videos: Dataset, config: CropsConfig, decoder: DecoderConfig) -> Dataset:

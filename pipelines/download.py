@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -306,6 +307,8 @@ def run_child(request: Request, folder: Path) -> dict[str, Any]:
     else:
         answer = json.loads((folder / "result.json").read_text())
     if "cause" in answer:
+        if os.strerror(errno.ENOSPC) in answer["detail"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         detail = scrub(answer["detail"], request.proxy, str(folder))
         raise RefusedError(Cause(answer["cause"]), detail)
     return answer

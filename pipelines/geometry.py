@@ -21,18 +21,10 @@ from models.frozen.chips import invert as invert
 from models.frozen.chips import square_matrix as square_matrix
 from models.frozen.chips import transform as transform
 from models.frozen.chips import warp as warp
+from models.motion.layout import FLIP_68 as FLIP_68
 
 CropRule = Literal["heser", "lpd", "fomm", "impl"]
 """Which square of the frame becomes the window; the table of the four is in docs/formats.md."""
-
-# fmt: off
-FLIP_68 = np.array(
-    [*range(16, -1, -1), *range(26, 16, -1), 27, 28, 29, 30, 35, 34, 33, 32, 31,
-     45, 44, 43, 42, 47, 46, 39, 38, 37, 36, 41, 40,
-     54, 53, 52, 51, 50, 49, 48, 59, 58, 57, 56, 55, 64, 63, 62, 61, 60, 67, 66, 65]
-)
-# fmt: on
-"""iBUG 68: ``points[FLIP_68]`` puts the points of a mirrored face back in order."""
 
 EYE_E2E, EYE_E2M, EYE_CENTRE = 8.2, 6.9, 0.86
 """HeSer's window, read off its published picture: side = max(8.2 eye distance, 6.9 eyes to mouth), centre 0.86 of
@@ -44,6 +36,9 @@ LPD_SIDE = 1.8
 """Latent pose reenactment: 1.8 times the longer side of a WIDER FACE box, around its centre."""
 FOMM_MARGIN = 0.1
 """First order model: the union of a clip's WIDER FACE boxes, grown by this share of the longer side, per side."""
+HULL_SIDE, HULL_UP = 1.08, 0.077
+"""The tight box of 68 points: a square of 1.08 times the geometric mean of their extents, centred 0.077 of its side above
+theirs. Medians of dlib's boxes on 82 pictures; 80 % of the sides lie within 0.98 and 1.15."""
 IMPL_SIDE = 1.8
 """HeSer.Pytorch: 1.8 times the longer side of the 68 points' hull, eye line levelled."""
 
@@ -146,6 +141,15 @@ def lpd_window(box: ArrayLike, size: int, crop_scale: float = 1.0) -> Floats:
     wider = wider_boxes(box)
     side = LPD_SIDE * float(box_sizes(wider).max())
     return square_matrix(box_centres(wider), side * crop_scale, 0.0, size)
+
+
+def landmark_boxes(landmarks: ArrayLike) -> Floats:
+    """Faces as points (..., 68, 2) to tight boxes (..., 4), steadier than a detector's."""
+    points = np.asarray(landmarks, dtype=np.float64)
+    low, high = points.min(axis=-2), points.max(axis=-2)
+    side = HULL_SIDE * np.sqrt(np.prod(high - low, axis=-1, keepdims=True))
+    centres = (low + high) / 2 - side * [0.0, HULL_UP]
+    return np.concatenate([centres - side / 2, centres + side / 2], axis=-1)
 
 
 def fomm_window(boxes: ArrayLike, size: int, crop_scale: float = 1.0) -> Floats:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from models.frozen import identity as embedders
 from models.frozen import weights
 from models.frozen.identity import Embedder, EmbedderName
+from pipelines import snapshots
 from pipelines.crops import SCORE_COLUMNS
 from pipelines.schema import (
     Cause,
@@ -36,6 +37,7 @@ from pipelines.schema import (
     frame_member,
     npy_array,
     npy_bytes,
+    own_members,
     reject_track,
     run_stage,
     select_frames,
@@ -51,11 +53,14 @@ Image = NDArray[np.uint8]
 SAME_PERSON: dict[EmbedderName, float] = {
     "dlib": embedders.DlibEmbedder.same_person,
     "mobilefacenet": embedders.MobileFaceNetEmbedder.same_person,
+    "arcface": embedders.ArcFaceEmbedder.same_person,
 }
 """Least cosine of two pictures of one person."""
 STRICTNESS = {"": -1, "train": 0, "val": 1, "test": 2}
 """Who gives way when one person or video is on two sides: the side that is trained on."""
 
+IDENTITIES_AT_ONCE = 1000
+"""Rows of the table of cosines between identities that are held in memory."""
 CROPS_AT_ONCE = 64
 """Decoded crops held in memory."""
 MAX_CENTRES = 512
@@ -69,7 +74,8 @@ class IdentitiesConfig:
     """Which tracks show the person they are listed under, and who is kept for testing."""
 
     embedder: EmbedderName = "dlib"
-    """``dlib`` (weights in a wheel, 75 ms a face on a CPU) or ``mobilefacenet`` (5 ms)."""
+    """``dlib`` (weights in a wheel, 75 ms a face on a CPU), ``mobilefacenet`` (5 ms), or ``arcface`` (wants a GPU; its threshold
+    was not measured here)."""
     min_frame_cosine: float = 0.0
     """Frames below this cosine to the centre of their track are dropped; 0: the embedder's own threshold."""
     min_majority: float = 0.6
@@ -78,6 +84,9 @@ class IdentitiesConfig:
     """Fewest frames that must agree."""
     min_video_cosine: float = 0.0
     """Tracks below this cosine to the identity's other videos are rejected; 0: the embedder's own threshold."""
+    min_twin_cosine: float = 0.0
+    """Two identities whose means are at least this alike count as one person under two names: both stay, but on one side
+    of the split. 0: halfway between the embedder's own threshold and 1; 1: never."""
     min_identity_videos: int = 1
     """Fewest videos of an identity."""
     min_identity_frames: int = 9
@@ -91,6 +100,8 @@ class IdentitiesConfig:
         for name in ("min_frame_cosine", "min_video_cosine"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a cosine from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.min_twin_cosine <= 1:
+            raise ValueError(f"min_twin_cosine is a cosine from 0 to 1, got {self.min_twin_cosine}")
         if not 0.5 < self.min_majority <= 1:
             raise ValueError(f"min_majority must be above 0.5, at most 1, got {self.min_majority}")
         if not 0 <= self.test_share < 1:
@@ -108,6 +119,11 @@ class IdentitiesConfig:
     def video_threshold(self) -> float:
         """``min_video_cosine`` or the embedder's own."""
         return self.min_video_cosine or SAME_PERSON[self.embedder]
+
+    @property
+    def twin_threshold(self) -> float:
+        """``min_twin_cosine`` or halfway between the embedder's own threshold and 1."""
+        return self.min_twin_cosine or (1 + SAME_PERSON[self.embedder]) / 2
 
 
 def weight_names(config: IdentitiesConfig) -> tuple[str, ...]:
@@ -230,14 +246,13 @@ def embed(
         config: of the stage.
 
     Returns:
-        the video, rejected when no track is left, and the members of the tracks that stay.
+        the video, rejected when no track is left, and the members of the tracks that stay, with all snapshots.
     """
     tracks = []
-    kept: list[Member] = []
+    kept = [member for member in members if snapshots.is_snapshot(member[0])]
     for track in video.tracks:
         if track.state == "open":
-            prefix = f"{video.track_key(track)}."
-            own = [(name, data) for name, data in members if name.startswith(prefix)]
+            own = own_members(members, video.track_key(track))
             track, own = embed_track(video, track, own, embedder, config)
             kept += own
         tracks.append(track)
@@ -302,7 +317,10 @@ def decide(candidates: Iterable[Candidate], config: IdentitiesConfig) -> dict[st
         a decision for the key of each candidate.
     """
     everyone = sorted(candidates, key=lambda track: (track.identity, track.video, track.key))
-    splits, gone = settle(everyone, strangers(everyone, config.video_threshold), config)
+    gone = strangers(everyone, config.video_threshold)
+    people = itertools.groupby(Without(everyone, gone), lambda track: track.identity)
+    twins = find_twins({name: mean(tracks) for name, tracks in people}, config.twin_threshold)
+    splits, gone = settle(everyone, gone, twins, config)
     decisions = {}
     for track in everyone:
         if track.key in gone:
@@ -315,16 +333,17 @@ def decide(candidates: Iterable[Candidate], config: IdentitiesConfig) -> dict[st
 
 
 def settle(
-    tracks: Tracks, gone: Reasons, config: IdentitiesConfig
+    tracks: Tracks, gone: Reasons, twins: Iterable[Twins], config: IdentitiesConfig
 ) -> tuple[dict[str, str], Reasons]:
     """What is decided over all identities, without a look at a vector.
 
-    Identities that are too small go, then what would put one video on two sides of the split, then identities that this
-    made too small.
+    Identities that are too small go, then what would put one video or one person on two sides of the split, then
+    identities that this made too small.
 
     Args:
         tracks: sorted by identity; gone through several times, never held.
         gone: those of them that do not stay already.
+        twins: of :func:`find_twins`.
         config: of the stage.
 
     Returns:
@@ -332,8 +351,9 @@ def settle(
     """
     gone = dict(gone)
     gone |= too_small(Without(tracks, gone), config)
-    splits = split_identities(Without(tracks, gone), config.test_share)
-    gone |= leaks(Without(tracks, gone), splits)
+    staying = Without(tracks, gone)
+    splits = split_identities(staying, config.test_share, twins)
+    gone |= twin_leaks(staying, splits, twins) | leaks(staying, splits)
     gone |= too_small(Without(tracks, gone), config)
     return splits, gone
 
@@ -424,11 +444,51 @@ def too_small(tracks: Tracks, config: IdentitiesConfig) -> Reasons:
     return gone
 
 
-def split_identities(tracks: Tracks, test_share: float) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Twins:
+    """Two identities that look like one person."""
+
+    one: str
+    other: str
+    """Later in the alphabet than ``one``."""
+    cosine: float
+    """Of their means."""
+
+
+def mean(tracks: Iterable[Candidate]) -> Vectors:
+    """(d,) unit mean over all frames of tracks of one identity, at least one."""
+    vectors = [track.frames * np.asarray(track.embedding, np.float64) for track in tracks]
+    return unit(np.sum(vectors, axis=0))
+
+
+def find_twins(means: Mapping[str, Vectors], threshold: float) -> list[Twins]:
+    """Pairs of identities whose means have at least this cosine, sorted by name.
+
+    Args:
+        means: of every identity, :func:`mean`.
+        threshold: least cosine; from 1 on there are none.
+    """
+    names = sorted(means)
+    if len(names) < 2 or threshold >= 1:
+        return []
+    table = np.stack([means[name] for name in names])
+    found = []
+    for start in range(0, len(names), IDENTITIES_AT_ONCE):
+        cosines = np.round(table[start : start + IDENTITIES_AT_ONCE] @ table.T, DECIMALS)
+        for row, column in np.argwhere(cosines >= threshold).tolist():
+            if start + row < column:
+                one, other = names[start + row], names[column]
+                found.append(Twins(one=one, other=other, cosine=float(cosines[row, column])))
+    return found
+
+
+def split_identities(
+    tracks: Tracks, test_share: float, twins: Iterable[Twins] = ()
+) -> dict[str, str]:
     """The split of each identity: the list's (of several the one that is tested on), else by hash.
 
-    Identities without an official split that share a video, directly or through others, are hashed as one, by the
-    first of their names.
+    Identities without an official split that share a video or look like one person, directly or through others, are
+    hashed as one, by the first of their names.
     """
     splits: dict[str, str] = {}
     for track in tracks:
@@ -451,6 +511,10 @@ def split_identities(tracks: Tracks, test_share: float) -> dict[str, str]:
                     find(listed_by.setdefault(source, track.identity)),
                 )
                 leader[max(one, other)] = min(one, other)
+    for pair in twins:
+        if pair.one in leader and pair.other in leader:
+            one, other = find(pair.one), find(pair.other)
+            leader[max(one, other)] = min(one, other)
     for name in leader:
         splits[name] = "test" if hash_share(find(name)) < test_share else "train"
     return splits
@@ -474,9 +538,8 @@ def leaks(tracks: Tracks, splits: dict[str, str]) -> Reasons:
             detail = f"listed for {track.split}, but {track.identity} is also listed for {split}"
             gone[track.key] = (Cause.IDENTITY_SPLIT_LEAK, detail)
     left = Without(tracks, gone)
-    strictest: dict[
-        Hashable, str
-    ] = {}  # without the many that are trained on: nothing gives way to them
+    # without the many that are trained on: nothing gives way to them
+    strictest: dict[Hashable, str] = {}
     for track in left:
         if STRICTNESS[splits[track.identity]] > STRICTNESS["train"]:
             for source in filter(None, track.sources):
@@ -488,6 +551,25 @@ def leaks(tracks: Tracks, splits: dict[str, str]) -> Reasons:
             if STRICTNESS[splits[held]] > STRICTNESS[splits[track.identity]]:
                 detail = f"the same video is in {splits[held]} as {held}"
                 gone[track.key] = (Cause.IDENTITY_SPLIT_LEAK, detail)
+    return gone
+
+
+def twin_leaks(tracks: Tracks, splits: dict[str, str], twins: Iterable[Twins]) -> Reasons:
+    """Tracks of identities that look like one of a stricter split."""
+    stricter: dict[str, Twins] = {}
+    for pair in twins:
+        if pair.one not in splits or pair.other not in splits:
+            continue
+        lax, strict = sorted((pair.one, pair.other), key=lambda name: STRICTNESS[splits[name]])
+        if splits[lax] != splits[strict]:
+            stricter.setdefault(lax, pair)
+    gone: Reasons = {}
+    for track in tracks:
+        if track.identity in stricter:
+            pair = stricter[track.identity]
+            held = pair.other if track.identity == pair.one else pair.one
+            detail = f"looks like {held} of {splits[held]}, cosine {pair.cosine:.3f}"
+            gone[track.key] = (Cause.IDENTITY_SPLIT_LEAK, detail)
     return gone
 
 

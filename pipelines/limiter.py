@@ -17,13 +17,17 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
+
+from pipelines.metrics import observe_egress
 
 Outcome = Literal["passed", "blocked", "unclear"]
 """What a fetch says about its address: the site answered (even that the video is gone), refused us, or neither."""
 
 NEVER = float("-inf")
+NODE_ID_LENGTH = 56
+"""Of Ray's name of a node, which stands for an address that nobody has named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,22 @@ class Turn:
     """Cause of the last block, when every address is given up. Nothing may be fetched."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pause:
+    """An egress address that must wait, as a person is told."""
+
+    address: str
+    site: str
+    cause: str
+    """Of the last block."""
+    blocks: int
+    """In a row."""
+    seconds: float
+    """Left; 0 when a probe is out or may go."""
+    under_way: int
+    """Fetches of this address that have not come back, a probe among them."""
+
+
 @dataclass
 class Gate:
     """One egress address towards one site."""
@@ -98,6 +118,14 @@ class Gate:
     ticket: int = 0
     passed: int = 0
     cause: str = ""
+    started: list[float] = field(default_factory=list)
+    """When the fetches that have not come back were granted."""
+
+    def under_way(self, now: float, manners: Manners) -> int:
+        """Fetches that have not come back. One whose actor died is forgotten when it must have ended."""
+        oldest = now - manners.probe_seconds
+        self.started = [start for start in self.started if start > oldest]
+        return len(self.started)
 
     def ask(self, now: float, manners: Manners) -> float:
         """Seconds to wait; 0 grants a fetch that begins now."""
@@ -111,12 +139,14 @@ class Gate:
         elif now < self.next_start:
             return self.next_start - now
         self.next_start = now + self.draw.uniform(*manners.gap_seconds)
+        self.started.append(now)
         return 0.0
 
     def report(
         self, now: float, ticket: int, outcome: Outcome, cause: str, manners: Manners
     ) -> None:
         """What became of a fetch that was granted under ``ticket``."""
+        del self.started[:1]
         if ticket != self.ticket:
             return
         if outcome == "passed":
@@ -158,18 +188,42 @@ class Limiter:
         """What became of a fetch that ``turn`` granted."""
         self._gate(address, site).report(now, turn.ticket, outcome, cause, manners)
 
+    def pauses(self, now: float, manners: Manners) -> list[Pause]:
+        """The addresses that must wait, in order of their names."""
+        return [
+            Pause(
+                address=address,
+                site=site,
+                cause=gate.cause,
+                blocks=gate.blocks,
+                seconds=max(0.0, gate.shut_until - now),
+                under_way=gate.under_way(now, manners),
+            )
+            for (address, site), gate in sorted(self.gates.items())
+            if gate.blocks and self._in_use(gate, now, manners)
+        ]
+
+    def state(self, address: str, site: str, now: float, manners: Manners) -> tuple[float, int]:
+        """(seconds of its pause that are left, fetches under way) of an address."""
+        gate = self._gate(address, site)
+        left = max(0.0, gate.shut_until - now) if gate.blocks else 0.0
+        return left, gate.under_way(now, manners)
+
     def _gate(self, address: str, site: str) -> Gate:
         seed = f"gap {address} {site}"
         return self.gates.setdefault((address, site), Gate(draw=random.Random(seed)))
 
     def _hopeless(self, site: str, now: float, manners: Manners) -> bool:
         """No address that is still in use gets through. One that does should get the videos of the others."""
-        horizon = now - manners.longest_pause_seconds - manners.probe_seconds
         return all(
             gate.blocks >= manners.max_blocks
             for (_, named), gate in self.gates.items()
-            if named == site and gate.asked >= horizon
+            if named == site and self._in_use(gate, now, manners)
         )
+
+    @staticmethod
+    def _in_use(gate: Gate, now: float, manners: Manners) -> bool:
+        return gate.asked >= now - manners.longest_pause_seconds - manners.probe_seconds
 
 
 # ---------------------------------------------------------------------------------------------- Ray
@@ -201,7 +255,9 @@ class LimiterActor:
     def ask(self, address: str, site: str, manners: Manners) -> Turn:
         """See :meth:`Limiter.ask`."""
         self.used = time.monotonic()
-        return self.limiter.ask(address, site, self.used, manners)
+        turn = self.limiter.ask(address, site, self.used, manners)
+        self._observe(address, site, manners)
+        return turn
 
     def report(
         self,
@@ -215,6 +271,14 @@ class LimiterActor:
         """See :meth:`Limiter.report`."""
         self.used = time.monotonic()
         self.limiter.report(address, site, self.used, turn, outcome, cause, manners)
+        self._observe(address, site, manners)
+
+    def pauses(self, manners: Manners) -> list[Pause]:
+        """See :meth:`Limiter.pauses`. Whoever looks keeps nothing alive."""
+        return self.limiter.pauses(time.monotonic(), manners)
+
+    def _observe(self, address: str, site: str, manners: Manners) -> None:
+        observe_egress(address, site, *self.limiter.state(address, site, self.used, manners))
 
     def _end_when_idle(self) -> None:
         import ray
@@ -274,3 +338,24 @@ class ClusterLimiter:
             )
             .remote()
         )
+
+
+def find_pauses(manners: Manners, patience_seconds: float = 2.0) -> list[Pause]:
+    """The addresses of this cluster that must wait now; none when no limiter answers in time.
+
+    Never makes the limiter, never raises: it is for people who watch.
+    """
+    import ray
+
+    try:
+        actor = ray.get_actor(ClusterLimiter.NAME, namespace=ClusterLimiter.NAMESPACE)
+        found: list[Pause] = ray.get(actor.pauses.remote(manners), timeout=patience_seconds)
+        nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    except (ValueError, RuntimeError, ray.exceptions.RayError):  # no actor, not connected, busy
+        return []
+    return [
+        replace(pause, address=f"node {nodes.get(pause.address, pause.address[:8])}")
+        if len(pause.address) == NODE_ID_LENGTH
+        else pause
+        for pause in found
+    ]

@@ -14,9 +14,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
-import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +22,6 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -43,7 +39,9 @@ from pipelines import (
     tracks,
     voxceleb,
 )
-from pipelines.schema import SCHEMA_VERSION, Video, batched, one_line, to_row
+from pipelines.output import ConfigError, NothingUsableError, flatten, require_same_recipe
+from pipelines.progress import Progress
+from pipelines.schema import SCHEMA_VERSION, Video, batched, to_row
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -66,14 +64,6 @@ OPERATIONAL = (
     "tracks.decoder.videos_per_child",
 )
 """Fields that change how a run goes but not what it makes; neither does any ``resources``."""
-
-
-class ConfigError(ValueError):
-    """The arguments contradict themselves, the output, or another run: one line, exit code 2."""
-
-
-class NothingUsableError(RuntimeError):
-    """Nothing can be published: one line that says why, exit code 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +122,11 @@ class PreprocessConfig:
             raise ValueError(f"plan_videos must be at least 1, got {self.plan_videos}")
         if self.plan + bool(self.stop_after) + bool(self.replay) > 1:
             raise ValueError("plan, stop_after and replay are three different things: give one")
+        if self.crops.smooth and self.tracks.frames_per_second:
+            raise ValueError(
+                "crops.smooth needs every frame: set tracks.frames_per_second to 0, not "
+                f"{self.tracks.frames_per_second:g}"
+            )
 
     @property
     def stages(self) -> tuple[Any, ...]:
@@ -157,19 +152,11 @@ class PreprocessConfig:
     def recipe(self) -> dict[str, Any]:
         """The part of the configuration that decides what the dataset contains, flat."""
         flat = {}
-        for name, value in _flat(download.public(dataclasses.asdict(self)), ""):
+        for name, value in flatten(download.public(dataclasses.asdict(self))).items():
             operational = name in OPERATIONAL or ".resources." in name
             if not operational and name not in download.OPERATIONAL:
                 flat[name] = value
         return flat
-
-
-def _flat(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,15 +179,7 @@ def check(config: PreprocessConfig) -> None:
         ConfigError: the output holds something else, or a dataset of another recipe.
         models.frozen.weights.WeightsError: a network's file is missing or damaged.
     """
-    try:
-        _check_output(config)
-    except ConfigError:
-        raise
-    except (
-        Exception
-    ) as error:  # every kind of storage has its own kinds; to the user they all say this
-        reason = f"{type(error).__name__}: {one_line(str(error), 200)}"
-        raise ConfigError(f"--output {config.output}: cannot be used: {reason}") from error
+    require_same_recipe(config.output, config.recipe)
     check_weights(config)
 
 
@@ -213,38 +192,6 @@ def check_weights(config: PreprocessConfig) -> None:
         *annotate.weight_names(config.annotate),
     ):
         weights.find(name)
-
-
-def _check_output(config: PreprocessConfig) -> None:
-    uri = storage.join(config.output, "config.json")
-    try:
-        before = json.loads(storage.read_bytes(uri))["config"]
-    except FileNotFoundError:
-        if [name for name in storage.names_below(config.output) if not name.startswith("work/")]:
-            raise ConfigError(
-                f"--output {config.output}: holds files but no HeadRay config.json; give an empty folder"
-            ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{uri}: not a configuration of HeadRay ({error})") from None
-    else:
-        old = {
-            name: value
-            for name, value in _flat(before, "")
-            if name in config.recipe or not name.startswith(OPERATIONAL)
-        }
-        differs = [
-            f"{name} was {old.get(name)!r}, now {value!r}"
-            for name, value in config.recipe.items()
-            if old.get(name) != value
-        ]
-        if differs:
-            raise ConfigError(
-                f"--output {config.output}: begun with another configuration ({'; '.join(differs)}); "
-                "use those values again or another --output"
-            )
-    probe = storage.join(config.output, shards.WORK, "write-test")
-    storage.write_atomic(probe, b"ok")
-    storage.remove(probe)
 
 
 def open_list(config: PreprocessConfig) -> Iterator[Video]:
@@ -262,64 +209,6 @@ def open_list(config: PreprocessConfig) -> Iterator[Video]:
     if config.download.from_downloads:
         videos = archive.take_from(config.download.from_downloads, videos)
     return videos
-
-
-@dataclass
-class OutputLock:
-    """Keeps two runs from writing one output. A run that was killed loses it at once on its own machine."""
-
-    output: str
-    stale_seconds: float = 120.0
-
-    def __post_init__(self) -> None:
-        self.uri = storage.join(self.output, shards.WORK, "lock.json")
-        self._stop = threading.Event()
-        self._beat = threading.Thread(target=self._keep, daemon=True)
-
-    def __enter__(self) -> OutputLock:
-        if not storage.create(self.uri, self._content()):
-            owner = self._owner()
-            if owner and self._alive(owner):
-                raise ConfigError(
-                    f"--output {self.output}: another run (host {owner['host']}, process {owner['pid']}) "
-                    "is writing there; wait for it or stop it"
-                )
-            storage.write_atomic(self.uri, self._content())
-        self._beat.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._beat.join()
-        storage.remove(self.uri)
-
-    def _content(self) -> bytes:
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        return json.dumps(owner).encode()
-
-    def _owner(self) -> dict[str, Any]:
-        """Whoever holds the lock; empty when it was killed while it wrote its name."""
-        for _ in range(2):
-            try:
-                owner: dict[str, Any] = json.loads(storage.read_bytes(self.uri))
-            except (ValueError, FileNotFoundError):
-                time.sleep(0.5)  # it may be writing just now
-            else:
-                return owner
-        return {}
-
-    def _alive(self, owner: Mapping[str, Any]) -> bool:
-        if owner["host"] == socket.gethostname():
-            try:
-                started = psutil.Process(owner["pid"]).create_time()
-            except psutil.NoSuchProcess:
-                return False
-            return owner["pid"] != os.getpid() and started < owner["time"]
-        return time.time() - owner["time"] < self.stale_seconds
-
-    def _keep(self) -> None:
-        while not self._stop.wait(self.stale_seconds / 6):
-            storage.write_atomic(self.uri, self._content())
 
 
 def build_plan(videos: Iterable[Video], config: PreprocessConfig) -> Dataset:
@@ -424,8 +313,12 @@ def configure_ray_data(config: PreprocessConfig) -> None:
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for name in ("exceptions", "_internal.execution.streaming_executor_state"):
+        # they print what is raised as well; who catches it tells it once
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 64 * 2**20
+    context.raise_original_map_exception = True  # so that a PlaceError arrives here as one
     patience = download.manners_towards("", config.download).patience_seconds
     deadlines = 3 * config.download.deadline_seconds
     context.execution_no_progress_timeout_s = max(1800, int(deadlines + patience))
@@ -454,18 +347,18 @@ def process(
     """Run every video of the list that has no commit yet, window by window.
 
     Returns:
-        keys of all videos of the list in its order, seconds by stage summed over the videos run now, and their number.
+        keys of all videos of the list, sorted by identity, seconds by stage summed over the videos run now, and their number.
     """
     done, failed = shards.committed(config.output)
     published = set() if done or failed else published_keys(config.output)
     finished = done | published
     takedowns = shards.read_takedowns(config.output)
-    keys: list[str] = []
+    owners: dict[str, str] = {}
     seconds: Counter[str] = Counter()
     count = 0
     for window in batched(videos, config.window):
-        keys += [video.key for video in window]
-        progress.listed(len(keys))
+        owners |= {video.key: video.identity for video in window}
+        progress.listed(len(owners))
         again = [video.key for video in window if video.key in failed]
         attempts = {
             commit.video.key: commit.video.attempts
@@ -488,11 +381,13 @@ def process(
             progress.video(row)
             seconds.update(json.loads(row["seconds"]))
             count += 1
-    if missing := sorted(published.difference(keys)):
+    if missing := sorted(published.difference(owners)):
         raise ConfigError(
             f"--output {config.output}: published with {missing[0]}, which the list no longer has, and its work "
             "folder is gone; take videos out with jobs/dataset.py takedown, or make a new --output"
         )
+    # not by key alone: ``a-b`` with ``c`` comes between two videos of ``a``
+    keys = sorted(owners, key=lambda key: (owners[key], key))
     return keys, dict(seconds), count
 
 
@@ -512,7 +407,7 @@ def publish(
 
     Args:
         config: of the run.
-        keys: of all videos of the list; each has a commit, or the dataset is already published.
+        keys: of all videos of the list, sorted by identity; each has a commit, or the dataset is already published.
         progress: told of each packed shard.
 
     Returns:
@@ -526,8 +421,9 @@ def publish(
         done, failed = shards.committed(output)
         if before["list_sha256"] == list_sha256 and not done and not failed:
             return before, 0
-    samples, copies = gather(shards.load_commits(output, dict.fromkeys(keys)), config)
-    splits, gone = identities.settle(samples, copies, config.identities)
+    samples, copies, means = gather(shards.load_commits(output, keys), config)
+    twins = identities.find_twins(means, config.identities.twin_threshold)
+    splits, gone = identities.settle(samples, copies, twins, config.identities)
     plans, buckets = shards.plan_shards(
         samples.kept(splits, gone), config.shards.target_mb, before.get("buckets", {})
     )
@@ -571,6 +467,11 @@ def publish(
         "counts": tally.counts(),
         "splits": tally.splits(),
         "members": describe_windows(config) | identities.describe(config.identities),
+        "twins": [
+            [pair.one, pair.other, pair.cosine]
+            for pair in twins
+            if pair.one in splits and pair.other in splits
+        ],
         "buckets": buckets,
         "shards": listing,
         "index": shards.write_index_tables(indexed, output) if records else {},
@@ -641,18 +542,19 @@ class Samples:
 
 def gather(
     commits: Iterable[shards.Commit], config: PreprocessConfig
-) -> tuple[Samples, identities.Reasons]:
+) -> tuple[Samples, identities.Reasons, dict[str, identities.Vectors]]:
     """Go through all commits once, one identity at a time, and compare its tracks with each other.
 
     Args:
-        commits: in the order of the list, which is by identity.
+        commits: sorted by identity.
         config: of the run.
 
     Returns:
         all samples, and why some of them do not stay: copies first, so that they count for nothing else, then tracks that
-        look unlike their identity's other videos.
+        look unlike their identity's other videos; and the mean of each identity's others.
     """
     gone: identities.Reasons = {}
+    means: dict[str, identities.Vectors] = {}
 
     def rows() -> Iterator[dict[str, Any]]:
         last = ""
@@ -669,11 +571,13 @@ def gather(
             single.sort(key=lambda track: (track.video, track.key))
             gone.update(copies)
             gone.update(identities.strangers(single, config.identities.video_threshold))
+            if staying := [track for track in single if track.key not in gone]:
+                means[identity] = identities.mean(staying)
 
     batches = [
         pa.RecordBatch.from_pylist(some, schema=SAMPLE_SCHEMA) for some in batched(rows(), 4096)
     ]
-    return Samples(pa.Table.from_batches(batches, schema=SAMPLE_SCHEMA)), gone
+    return Samples(pa.Table.from_batches(batches, schema=SAMPLE_SCHEMA)), gone, means
 
 
 def candidates_of(commit: shards.Commit) -> Iterator[identities.Candidate]:
@@ -814,69 +718,3 @@ def tool_versions() -> dict[str, str]:
         "yt-dlp",
     )
     return {name: version(name) for name in names}
-
-
-class Progress:
-    """Tells a person how a long run is going: a line every 30 seconds, whether or not anything finished.
-
-    On a terminal Ray Data draws its own bars and this class only counts.
-    """
-
-    def __init__(self, say: Callable[[str], None], every_seconds: float = 30.0) -> None:
-        self.say = say
-        self.every_seconds = every_seconds
-        self.states: Counter[str] = Counter()
-        self.causes: Counter[str] = Counter()
-        self.frames = 0
-        self.known = 0
-        self.before = 0
-        self.step = "reading the list"
-        self._started = time.perf_counter()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._repeat, daemon=True)
-
-    def __enter__(self) -> Progress:
-        if not os.isatty(1):
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-
-    def listed(self, count: int) -> None:
-        """``count`` videos of the list are known by now."""
-        self.known = count
-        self.step = "processing"
-
-    def skipped(self, count: int) -> None:
-        """``count`` videos were committed by an earlier run."""
-        self.before += count
-
-    def video(self, row: Mapping[str, Any]) -> None:
-        """One video was committed."""
-        self.states[row["state"]] += 1
-        self.frames += row["frames"]
-        if row["cause"]:
-            self.causes[row["cause"]] += 1
-
-    def packed(self, count: int, total: int) -> None:
-        """``count`` of ``total`` shards are packed."""
-        self.step = f"packing shards ({count} of {total})"
-
-    def line(self) -> str:
-        """The state in one line."""
-        elapsed = time.perf_counter() - self._started
-        done = self.states.total()
-        causes = ", ".join(f"{cause} {count}" for cause, count in self.causes.most_common(3))
-        rate = f", {done / elapsed * 3600:.0f} videos/h" if done else ""
-        earlier = f", {self.before} from an earlier run" if self.before else ""
-        return (
-            f"[{elapsed:6.0f} s] {self.step}: {done + self.before} of {self.known} videos{earlier}, "
-            f"{self.states['open']} with faces, {self.states['rejected']} rejected, "
-            f"{self.states['failed']} failed, {self.frames} frames{rate}"
-            + (f" ({causes})" if causes else "")
-        )
-
-    def _repeat(self) -> None:
-        while not self._stop.wait(self.every_seconds):
-            self.say(self.line())

@@ -45,6 +45,7 @@ from pipelines.schema import (
     frame_member,
     npy_array,
     npy_bytes,
+    own_members,
     reject_track,
     run_stage,
     select_frames,
@@ -77,7 +78,7 @@ OFFSET_SECONDS = 0.1
 PLACE_TOLERANCE = 0.015
 """How far the face of a copy may be from its place in the frame, as a share of width and height: a copy that was framed
 anew is not found. Two takes of a person who sits still have like windows; heads are where they were only in copies."""
-LEAST_SHARED = 8
+LEAST_SHARED = 12
 """Hashed windows of two clips that must lie over each other for the clips to be compared."""
 
 
@@ -382,7 +383,7 @@ def judge(
     for track in video.tracks:
         if track.state == "open":
             key = video.track_key(track)
-            own = [(name, data) for name, data in members if name.startswith(f"{key}.")]
+            own = own_members(members, key)
             track, own = judge_track(video, track, own, window, config)
             members = [*drop_members(members, key), *own]
         tracks.append(track)

@@ -17,14 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import shards, storage
+from pipelines.output import ConfigError
 from pipelines.preprocess import (
-    ConfigError,
     PreprocessConfig,
-    Progress,
     configure_ray_data,
     prepare,
     stage_adders,
 )
+from pipelines.progress import Progress
 from pipelines.schema import Track, Video, VideoRow, batched, from_row, to_row
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def stop_after(config: PreprocessConfig, videos: Iterable[Video], progress: Prog
     replaced; commits are neither read nor written.
 
     Raises:
-        pipelines.preprocess.NothingUsableError: the canary failed.
+        pipelines.output.NothingUsableError: the canary failed.
     """
     import ray.data
 

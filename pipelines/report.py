@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -22,10 +22,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from models.frozen.parsing import Labels, ParsingLabel
-from pipelines import shards, storage
+from pipelines import gallery, shards, snapshots, storage
 from pipelines.annotate import decode_labels
-from pipelines.schema import npy_array
-from pipelines.timemap import Relation
+from pipelines.gallery import spread
+from pipelines.schema import STAGES, npy_array
 
 PAGE = "report/index.html"
 
@@ -35,24 +35,45 @@ FRAMES_PER_TRACK = 6
 THUMB_PX = 160
 EXAMPLES = 3
 """Of each cause."""
-MAX_ROWS = 40
-"""Of the tables of time maps and of rejected tracks."""
 MAX_CHARACTERS = 200
 """Of one text from a list or a tool."""
 BINS = 30
 
 # fmt: off
 COLUMNS = [
-    "kind", "key", "identity", "split", "state", "stage", "cause", "detail", "frames", "dropped", "start", "end",
+    "kind", "key", "identity", "video", "split", "state", "stage", "cause", "detail", "frames", "dropped", "start", "end",
 ]
 # fmt: on
 """Of the ledger; its long columns are read one at a time, not to hold all of them."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A score of tracks, and the threshold that judges it."""
+
+    score: str
+    title: str
+    unit: str
+    threshold: str
+    """In the configuration; 0 there: everything passes, and no line is drawn."""
+    axis: Literal["plain", "angle", "decades"] = "plain"
+    """From zero; both ways from zero, the threshold too; logarithmic."""
+
+
+# fmt: off
 GATES = (
-    ("window_side", "Window side", "source pixels, median of a track", "crops.min_window"),
-    ("inside", "Share of the window inside the frame", "median of a track", "crops.min_inside"),
+    Gate(score="window_side", title="Window side", unit="source pixels", threshold="crops.min_window"),
+    Gate(score="inside", title="Share of the window inside the frame", unit="", threshold="crops.min_inside"),
+    Gate(score="face_px", title="Face box", unit="source pixels, mean side", threshold="quality.min_face_px"),
+    Gate(score="sharpness", title="Sharpness", unit="variance of the Laplacian", threshold="quality.min_sharpness", axis="decades"),
+    Gate(score="yaw", title="Yaw", unit="degrees, positive to the picture's left", threshold="quality.max_yaw", axis="angle"),
+    Gate(score="pitch", title="Pitch", unit="degrees, positive up", threshold="quality.max_pitch", axis="angle"),
+    Gate(score="clip_change", title="Change within the clip", unit="grey levels; a still picture has almost none", threshold="quality.min_clip_change", axis="decades"),
+    Gate(score="annotation_iou", title="Overlap with the annotation", unit="intersection over union", threshold="tracks.min_overlap"),
+    Gate(score="same_person", title="Agreement of a track's frames on one person", unit="cosine", threshold="identities.min_frame_cosine"),
+    Gate(score="box_score", title="Detector's score", unit="in its own units", threshold="quality.min_box_score"),
 )
-"""(score, title, unit, the configuration's threshold) of each histogram."""
+# fmt: on
 
 # fmt: off
 PARTS = (
@@ -97,8 +118,12 @@ def write(output: str, manifest: Mapping[str, Any]) -> None:
     """
     ledger = shards.read_ledger(output, COLUMNS)
     chosen = choose(ledger)
+    choice = gallery.choose(output, ledger)
+    album = gallery.gather(output, choice)
+    gallery.write_album(output, album)
     samples = shards.index_rows(output, chosen) if manifest["shards"] else []
-    _write_page(output, manifest, ledger, contact_sheets(output, samples, chosen))
+    sheets = contact_sheets(output, samples, chosen)
+    _write_page(output, manifest, Found(ledger=ledger, choice=choice, album=album, sheets=sheets))
 
 
 def rebuild(output: str) -> None:
@@ -111,14 +136,28 @@ def rebuild(output: str) -> None:
     ledger = shards.read_ledger(output, COLUMNS)
     shards.read_index(output)  # whole, as the manifest says
     chosen = choose(ledger)
-    samples = shards.index_rows(output, chosen)
-    _write_page(output, manifest, ledger, contact_sheets(output, samples, chosen))
+    choice, album = gallery.choose(output, ledger), gallery.read_album(output)
+    sheets = contact_sheets(output, shards.index_rows(output, chosen), chosen)
+    _write_page(output, manifest, Found(ledger=ledger, choice=choice, album=album, sheets=sheets))
 
 
-def _write_page(
-    output: str, manifest: Mapping[str, Any], ledger: pa.Table, sheets: list[dict[str, Any]]
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Everything but the manifest that the page is made from."""
+
+    ledger: pa.Table
+    """Its :data:`COLUMNS`."""
+    choice: gallery.Choice
+    album: pa.Table
+    sheets: list[dict[str, Any]]
+    """Of :func:`contact_sheets`."""
+
+
+def _write_page(output: str, manifest: Mapping[str, Any], found: Found) -> None:
     import jinja2
+
+    ledger, choice = found.ledger, found.choice
+    pictures = gallery.as_pictures(found.album)
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -129,6 +168,7 @@ def _write_page(
     )
     environment.filters["thousands"] = lambda number: f"{number:,}"
     environment.filters["short"] = _short
+    environment.filters["letters"] = _letters
     read = partial(shards.read_ledger, output)
     versions = _column(read(["kind", "versions"]), "versions")
     page = environment.get_template("report.html.jinja").render(
@@ -137,39 +177,35 @@ def _write_page(
         bars=funnel(manifest["counts"]),
         causes=cause_tables(manifest["counts"]["causes"], ledger),
         histograms=histograms(gate_scores(output), manifest["config"]),
-        sheets=sheets,
-        legend=legend(sheets),
-        time_maps=time_maps(output),
-        rejected=rejected_tracks(read_rejected(output)),
+        sheets=found.sheets,
+        legend=legend(found.sheets),
+        strips=gallery.draw_strips(choice, pictures),
+        num_strips=choice.num_strips,
+        rejects=gallery.draw_rejects(choice, pictures, manifest["config"]),
+        rejects_per_cause=gallery.PER_CAUSE,
         stages=stage_seconds(shards.ledger_batches(output, ["kind", "seconds"])),
+        commit=_commit(output),
         versions=[_short(text) for text in versions.unique().to_pylist()[:5]],
     )
     storage.write_atomic(storage.join(output, PAGE), page.encode())
 
 
+def _commit(output: str) -> str:
+    """Of the code that made the dataset; empty when its configuration does not say."""
+    try:
+        code = json.loads(storage.read_bytes(storage.join(output, "config.json")))["code"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return ""
+    return str(code["commit"]) + (" with changes" if code["dirty"] else "")
+
+
 # --- what the ledger says -------------------------------------------------------------------------------------
-
-
-def spread(count: int, limit: int) -> list[int]:
-    """At most ``limit`` indices, evenly spaced from the first to the last of ``count`` things."""
-    return [int(index) for index in np.linspace(0, count - 1, min(count, limit)).round()]
 
 
 def _rows(ledger: pa.Table, kind: str, published: bool) -> pa.Table:
     is_published = pc.equal(ledger["state"], "published")
     state = is_published if published else pc.invert(is_published)
     return ledger.filter(pc.and_(pc.equal(ledger["kind"], kind), state))
-
-
-def read_rejected(output: str) -> pa.Table:
-    """The rows of the ledger, scores and all, of tracks that are not published."""
-    columns = [*COLUMNS, "scores"]
-    tables = (
-        _rows(pa.Table.from_batches([batch]), "track", published=False)
-        for batch in shards.ledger_batches(output, columns)
-    )
-    schema = pa.schema([shards.LEDGER_SCHEMA.field(name) for name in columns])
-    return pa.concat_tables([schema.empty_table(), *tables])
 
 
 def _column(ledger: pa.Table, name: str) -> pa.ChunkedArray:
@@ -210,7 +246,7 @@ class Bar:
     """(stage, count) of what was lost, in the order of the stages."""
 
 
-STAGE_ORDER = ("list", "download", "video", "timeline", "annotation", "track", "crop", "identity")
+STAGE_ORDER = STAGES
 
 
 def funnel(counts: Mapping[str, Any]) -> list[Bar]:
@@ -287,80 +323,6 @@ def cause_tables(
     return tables
 
 
-def time_maps(output: str) -> dict[str, Any]:
-    """The most doubtful time maps: videos with the lowest median overlap of annotation and detection first.
-
-    Returns:
-        ``rows`` (key, state, cause, ``shift``, ``overlays``) and ``total``, the number of all maps.
-    """
-    total = 0
-    worst = None
-    columns = ["key", "state", "stage", "cause", "shift"]
-    for batch in shards.ledger_batches(output, columns):  # all these texts together are large
-        videos = pa.Table.from_batches([batch]).filter(pc.not_equal(batch["shift"], ""))
-        total += videos.num_rows
-        found = pc.extract_regex(videos["shift"], r'"median_iou": (?P<overlap>[0-9][0-9.e+-]*)')
-        overlap = pc.cast(pc.struct_field(found, "overlap"), pa.float64())
-        # null, and so last, where nothing was compared
-        videos = videos.append_column("overlap", overlap)
-        candidates = pa.concat_tables([worst, videos]) if worst else videos
-        ordered = candidates.sort_by([("overlap", "ascending"), ("key", "ascending")])
-        worst = ordered.slice(0, MAX_ROWS)
-    rows = worst.to_pylist() if worst else []
-    for row in rows:
-        row["shift"] = json.loads(row["shift"])
-        row["overlays"] = overlays(row["shift"])
-    return {"rows": rows, "total": total}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Overlay:
-    """One frame of a time map's proof; rectangles are (left, top, width, height) in source pixels."""
-
-    time: float
-    view: tuple[float, ...]
-    """Square around all boxes."""
-    annotated: tuple[float, ...]
-    """As the list gave it."""
-    expected: tuple[float, ...]
-    """Where the detector should find the annotated face."""
-    detected: tuple[float, ...]
-    """Empty where no face was found."""
-
-
-def overlays(shift: Mapping[str, Any]) -> list[Overlay]:
-    """What to draw of a time map's ``strip`` of frames with an annotated and a detected box."""
-    relation = Relation(**shift.get("relation", {}))
-    drawn = []
-    for frame in shift.get("strip", []):
-        annotated = np.asarray(frame["annotated"], dtype=np.float64)
-        known = [annotated, relation.expect(annotated), frame["detected"]]
-        boxes = np.array([box for box in known if len(box)])
-        low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
-        side = 1.3 * float((high - low).max())
-        corner = (low + high - side) / 2
-        rectangles = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).round(1)
-        drawn.append(
-            Overlay(
-                time=float(frame["time"]),
-                view=(*corner.round(1).tolist(), round(side, 1), round(side, 1)),
-                annotated=tuple(rectangles[0].tolist()),
-                expected=tuple(rectangles[1].tolist()),
-                detected=tuple(rectangles[2].tolist()) if frame["detected"] else (),
-            )
-        )
-    return drawn
-
-
-def rejected_tracks(ledger: pa.Table) -> dict[str, Any]:
-    """Some of the tracks that are not in the dataset, from all over the list, and the number of all."""
-    tracks = _rows(ledger, "track", published=False)
-    rows = _some(tracks, MAX_ROWS)
-    for row in rows:
-        row["scores"] = dict(row["scores"])
-    return {"rows": rows, "total": tracks.num_rows}
-
-
 def stage_seconds(batches: Iterable[pa.RecordBatch]) -> list[dict[str, Any]]:
     """Worker seconds of each stage over all videos of a ledger, the slowest stage first."""
     totals: dict[str, float] = {}
@@ -394,7 +356,8 @@ class Histogram:
     ticks: list[tuple[float, str]]
     peak: int
     """Tracks in the fullest bin."""
-    threshold: tuple[float, str] | None
+    thresholds: list[tuple[float, str]]
+    """Where the configuration draws the line, and in words."""
     published: int
     others: int
 
@@ -402,7 +365,7 @@ class Histogram:
 def gate_scores(output: str) -> dict[tuple[str, bool], NDArray[np.float64]]:
     """By (score of :data:`GATES`, whether they are published): that score of all tracks that have it."""
     found: dict[tuple[str, bool], list[NDArray[np.float64]]] = {
-        (gate[0], state): [np.zeros(0)] for gate in GATES for state in (True, False)
+        (gate.score, state): [np.zeros(0)] for gate in GATES for state in (True, False)
     }
     for batch in shards.ledger_batches(output, ["kind", "state", "scores"]):
         table = pa.Table.from_batches([batch])
@@ -416,46 +379,73 @@ def histograms(
 ) -> list[Histogram]:
     """A histogram over all tracks for each of :data:`GATES` that any track has a score for."""
     drawn = []
-    for score, title, unit, threshold in GATES:
-        published, others = scores[score, True], scores[score, False]
+    for gate in GATES:
+        published, others = scores[gate.score, True], scores[gate.score, False]
         if published.size + others.size:
-            drawn.append(histogram(title, unit, published, others, float(config[threshold])))
+            threshold = float(config.get(gate.threshold, 0.0))
+            drawn.append(histogram(gate, published, others, threshold))
     return drawn
 
 
 def _scores(tracks: pa.Table, name: str) -> NDArray[np.float64]:
     values = pc.map_lookup(tracks["scores"], name, "first").drop_null()
-    return np.asarray(values.to_numpy(), dtype=np.float64)
+    found = np.asarray(values.to_numpy(), dtype=np.float64)
+    return found[np.isfinite(found)]
 
 
 def histogram(
-    title: str,
-    unit: str,
-    published: NDArray[np.float64],
-    others: NDArray[np.float64],
-    threshold: float,
+    gate: Gate, published: NDArray[np.float64], others: NDArray[np.float64], threshold: float
 ) -> Histogram:
-    """Bins from zero to a round number above the largest value and the threshold."""
-    largest = max(float(np.concatenate([published, others, [threshold]]).max()), 1e-6)
-    step = 10.0 ** np.floor(np.log10(largest))
-    while largest / step < 4:
-        step /= 2
-    end = step * np.ceil(largest / step - 1e-9)
-    counts = [np.histogram(values, bins=BINS, range=(0, end))[0] for values in (published, others)]
+    """Bins over all values; at least one value is needed."""
+    values = np.concatenate([published, others])
+    low, high, ticks = _axis(gate, values, threshold)
+
+    def place(numbers: Any) -> NDArray[np.float64]:
+        told = np.log10(np.maximum(numbers, 10**low)) if gate.axis == "decades" else numbers
+        return np.clip((np.asarray(told) - low) / (high - low), 0, 1)
+
+    counts = [np.histogram(place(some), bins=BINS, range=(0, 1))[0] for some in (published, others)]
     peak = int(np.sum(counts, axis=0).max())
+    lines = [-threshold, threshold] if gate.axis == "angle" else [threshold]
+    word = "at most" if gate.axis == "angle" else "at least"
     return Histogram(
-        title=title,
-        unit=unit,
+        title=gate.title,
+        unit=gate.unit,
         bars=[
             (index / BINS, int(counts[0][index]) / peak, int(counts[1][index]) / peak)
             for index in range(BINS)
         ],
-        ticks=[(place / end, f"{place:g}") for place in np.arange(0, end + step / 2, step)],
+        ticks=[(float(place(np.array([tick]))[0]), f"{tick:g}") for tick in ticks],
         peak=peak,
-        threshold=(threshold / end, f"at least {threshold:g}") if threshold > 0 else None,
+        thresholds=[
+            (float(place(np.array([line]))[0]), f"{word} {threshold:g}" if line > 0 else "")
+            for line in lines
+            if threshold > 0
+        ],
         published=published.size,
         others=others.size,
     )
+
+
+def _axis(
+    gate: Gate, values: NDArray[np.float64], threshold: float
+) -> tuple[float, float, list[float]]:
+    """(low, high, ticks) of a drawing that holds all values and the threshold; low and high are powers for decades."""
+    largest = max(float(np.abs(values).max()), threshold, 1e-6)
+    if gate.axis == "decades":
+        positive = np.append(values[values > 0], [threshold] if threshold > 0 else [])
+        smallest = max(float(positive.min()) if positive.size else largest, largest * 1e-6)
+        low, high = float(np.floor(np.log10(smallest))), float(np.ceil(np.log10(largest)))
+        high = max(high, low + 1)
+        return low, high, [10.0**power for power in np.arange(low, high + 0.5)]
+    step = 10.0 ** np.floor(np.log10(largest))
+    while largest / step < 4:
+        step /= 2
+    end = float(step * np.ceil(largest / step - 1e-9))
+    ticks = [float(tick) for tick in np.arange(0, end + step / 2, step)]
+    if gate.axis == "angle":
+        return -end, end, [-tick for tick in ticks[:0:-1]] + ticks
+    return min(0.0, float(values.min())), end, ticks
 
 
 # --- pictures -------------------------------------------------------------------------------------------------
@@ -486,11 +476,9 @@ class Thumb:
 
 
 def _jpeg(image: NDArray[np.uint8]) -> str:
-    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     # full colour resolution: halved, thin lines lose their colour
-    sampling = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
-    coded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 80, *sampling])[1]
-    return base64.b64encode(coded.tobytes()).decode()
+    coded = snapshots.fit(image, (80, *snapshots.QUALITIES), cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
+    return base64.b64encode(coded).decode()
 
 
 def legend(sheets: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -627,6 +615,11 @@ def draw_labels(image: NDArray[np.uint8], labels: Labels, size: int) -> NDArray[
         cv2.resize(mixed.astype(np.uint8), (size, size), interpolation=cv2.INTER_AREA),
         dtype=np.uint8,
     )
+
+
+def _letters(cause: str) -> str:
+    """A cause as the name of a part of the page."""
+    return "".join(letter if letter.isalnum() else "-" for letter in cause)
 
 
 def _short(text: str) -> str:

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import io
 import logging
+import platform
 import sys
+import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -26,11 +29,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from pipelines import metrics, snapshots, storage
+
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+PARSING = threading.Lock()
+"""Held while a ``.npy`` header is parsed; see :func:`npy_array`."""
 
 SCHEMA_VERSION = 1
 """Of the dataset on disk (docs/formats.md). A change bumps it and ships a reader or a clear refusal."""
@@ -231,9 +239,13 @@ class Video:
     """``dataclasses.asdict`` of :class:`pipelines.video.VideoInfo`."""
     shift: dict[str, Any] = field(default_factory=dict)
     """The time map: ``delta_seconds``, ``delta_confidence``, ``median_iou``, ``face_found``."""
+    timeline: dict[str, Any] = field(default_factory=dict)
+    """Where faces were looked for, found and kept, and the cuts: :func:`pipelines.snapshots.timeline`."""
     tracks: tuple[Track, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds by stage (not part of what is published byte for byte)."""
+    stage_frames: dict[str, int] = field(default_factory=dict)
+    """Frames of open tracks after each stage from ``tracks`` on."""
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -244,6 +256,11 @@ class Video:
     def track_key(self, track: Track) -> str:
         """``<identity>-<video>-<track>``, the WebDataset key of a sample."""
         return f"{self.key}-{track.name}"
+
+    @property
+    def frames(self) -> int:
+        """Frames of all tracks that are still open; 0 once the video has ended."""
+        return sum(len(track.times) for track in self.tracks if track.state == "open" and self.live)
 
     @property
     def live(self) -> bool:
@@ -376,20 +393,32 @@ Stage = Callable[[Video, list[Member]], tuple[Video, list[Member]]]
 def run_stage(name: str, stage: Stage, row: VideoRow) -> VideoRow:
     """Run one stage on one row: skip finished rows, time it, and turn a crash into a ``failed`` row.
 
-    An exception inside a Ray Data ``map`` would end the whole job, so this is the one place where everything
-    is caught; the row keeps the exception's type and text and is tried again by the next run.
+    An exception inside a Ray Data ``map`` ends the whole job, so this is the one place where everything is caught; the
+    row keeps the exception's type and text and is tried again by the next run. Only a :class:`storage.PlaceError`, a full
+    disk say, does end the job.
     """
     video, members = from_row(row)
     if not video.live:
         return row
     started = time.perf_counter()
     try:
-        video, members = stage(video, members)
+        with storage.writing(f"{tempfile.gettempdir()} of {platform.node()}", storage.FULL):
+            video, members = stage(video, members)
+    except storage.PlaceError:  # not this video's fault, and the next one would meet it too
+        raise
     except Exception as error:
         logger.exception("stage %s crashed on %s", name, video.key)
         video = reject(video, Cause.CRASH, f"{name}: {type(error).__name__}: {error}")
-    seconds = video.seconds | {name: round(time.perf_counter() - started, 4)}
-    return to_row(replace(video, seconds=seconds), members if video.live else [])
+    seconds = round(time.perf_counter() - started, 4)
+    video = replace(
+        video,
+        seconds=video.seconds | {name: seconds},
+        stage_frames=video.stage_frames | ({name: video.frames} if video.tracks else {}),
+    )
+    metrics.observe_stage(name, video.state, video.frames, seconds)
+    if not video.live:
+        members = [member for member in members if snapshots.is_snapshot(member[0])]
+    return to_row(video, members)
 
 
 def use_one_thread() -> None:
@@ -434,7 +463,10 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
 
 def npy_array(data: bytes) -> NDArray[Any]:
     """Inverse of :func:`npy_bytes`."""
-    array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+    # numpy parses the header with ``ast``, which in Python 3.11.7 fails now and then when two threads do it at once
+    # ("AST constructor recursion depth mismatch", seen in the report's reading threads)
+    with PARSING:
+        array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
     return array
 
 
@@ -482,5 +514,18 @@ def select_frames(
 
 
 def drop_members(members: list[Member], key: str) -> list[Member]:
-    """Members without those of the sample ``key`` (of a track that was rejected)."""
-    return [(name, data) for name, data in members if not name.startswith(f"{key}.")]
+    """Members without those of the sample ``key`` (of a track that was rejected); its snapshot stays."""
+    return [
+        (name, data)
+        for name, data in members
+        if not name.startswith(f"{key}.") or snapshots.is_snapshot(name)
+    ]
+
+
+def own_members(members: list[Member], key: str) -> list[Member]:
+    """Members of the sample ``key``."""
+    return [
+        (name, data)
+        for name, data in members
+        if name.startswith(f"{key}.") and not snapshots.is_snapshot(name)
+    ]

@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import storage
+from pipelines import snapshots, storage
 from pipelines.schema import (
     SCHEMA_VERSION,
     Cause,
@@ -55,6 +55,8 @@ TAKEDOWNS = "takedowns.json"
 WORK = "work"
 ARRAYS = ("landmarks.npy", "matrix.npy", "scores.npy", "embedding.npy", "pupils.npy")
 """Members of a sample between its JSON and its frames, in the order they are written."""
+MAX_SPANS = 100
+"""Of a video, in the ledger."""
 TAR_BLOCK = tarfile.BLOCKSIZE
 TAR_END = b"\0" * (2 * TAR_BLOCK)
 PLANS_AT_ONCE = 256
@@ -89,11 +91,13 @@ class Commit:
     video: Video
     """Without boxes, frame times and the like: those live in the sample's own ``KEY.json``."""
     tar_sha256: str
-    """Of ``work/parts/<hh>/<key>.tar``; empty when the video has no sample."""
+    """Of ``work/parts/<hh>/<key>.tar``; empty when the video has no sample and no snapshot."""
     slices: dict[str, tuple[int, int]]
     """(offset, length) of each sample inside that tar, by sample key."""
     frames: dict[str, int]
     """Kept frames of each track, by sample key, whether or not it is a sample."""
+    snapshots: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(offset, length) of each snapshot's JPEG inside that tar, by name."""
 
     def to_bytes(self) -> bytes:
         """JSON, keys sorted."""
@@ -103,6 +107,7 @@ class Commit:
             "tar_sha256": self.tar_sha256,
             "slices": self.slices,
             "frames": self.frames,
+            "snapshots": self.snapshots,
         }
         return json.dumps(record, sort_keys=True, indent=1).encode()
 
@@ -112,11 +117,16 @@ class Commit:
         record = json.loads(data)
         if record["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"commit of schema {record['schema_version']}, not {SCHEMA_VERSION}")
+        slices, pictures = (
+            {name: (offset, length) for name, (offset, length) in record.get(part, {}).items()}
+            for part in ("slices", "snapshots")
+        )
         return Commit(
             video=from_json(json.dumps(record["video"])),
             tar_sha256=record["tar_sha256"],
-            slices={key: (offset, length) for key, (offset, length) in record["slices"].items()},
+            slices=slices,
             frames=record["frames"],
+            snapshots=pictures,
         )
 
 
@@ -184,12 +194,17 @@ def commit(video: Video, members: list[Member], output: str, crop: Mapping[str, 
 
     Args:
         video: after the last stage, rejected or not.
-        members: of its open tracks, in any order.
+        members: of its open tracks, in any order, and snapshots.
         output: dataset URI.
         crop: see :func:`sample_json`.
     """
     by_key: dict[str, list[Member]] = {}
+    pictures = [member for member in members if snapshots.is_snapshot(member[0])]
+    # The frames of the video, then the windows of its tracks.
+    pictures.sort(key=lambda member: (not member[0].startswith(f"{video.key}."), member[0]))
     for name, data in members:
+        if snapshots.is_snapshot(name):
+            continue
         by_key.setdefault(name.split(".", 1)[0], []).append((name, data))
     blocks: list[bytes] = []
     slices: dict[str, tuple[int, int]] = {}
@@ -205,12 +220,20 @@ def commit(video: Video, members: list[Member], output: str, crop: Mapping[str, 
         slices[key] = (offset, len(sample))
         blocks.append(sample)
         offset += len(sample)
+    places: dict[str, tuple[int, int]] = {}
+    for name, data in pictures[: snapshots.MOST]:
+        block = tar_sample([(name, data)])
+        places[name] = (offset + TAR_BLOCK, len(data))
+        blocks.append(block)
+        offset += len(block)
     sha256 = ""
     if blocks:
         tar = b"".join([*blocks, TAR_END])
         sha256 = hashlib.sha256(tar).hexdigest()
         storage.write_atomic(part_uri(output, video.key, "tar"), tar)
-    done = Commit(video=_slim(video), tar_sha256=sha256, slices=slices, frames=frames)
+    done = Commit(
+        video=_slim(video), tar_sha256=sha256, slices=slices, frames=frames, snapshots=places
+    )
     extension = "failed.json" if video.state == "failed" else "json"
     storage.write_atomic(part_uri(output, video.key, extension), done.to_bytes())
     return done
@@ -241,7 +264,9 @@ def _slim(video: Video) -> Video:
         )
         for track in video.tracks
     )
-    return replace(video, spans=spans, tracks=tracks)
+    kept = [time for track in video.tracks if track.state == "open" for time in track.times]
+    line = snapshots.with_kept(video.timeline, kept if video.live else [])
+    return replace(video, spans=spans, tracks=tracks, timeline=line)
 
 
 def committed(output: str) -> tuple[set[str], set[str]]:
@@ -290,6 +315,7 @@ class Committer:
             "frames": sum(done.frames[key] for key in done.slices),
             "bytes": sum(length for _, length in done.slices.values()),
             "seconds": json.dumps(video.seconds),
+            "stage_frames": json.dumps(video.stage_frames),
         }
 
 
@@ -662,6 +688,7 @@ LEDGER_SCHEMA = pa.schema(
         ("attempts", pa.int32()),
         ("seconds", pa.map_(pa.string(), pa.float64())),
         ("shift", pa.string()),
+        ("timeline", pa.string()),
         ("source", pa.string()),
         ("versions", pa.string()),
     ]
@@ -705,8 +732,8 @@ def write_index_tables(tables: Iterable[pa.Table], output: str) -> dict[str, Any
         return {"file": INDEX, "bytes": local.stat().st_size, "sha256": sha256}
 
 
-def read_index(output: str) -> pa.Table:
-    """The index of a published dataset, checked against the manifest. Raises :class:`DatasetError`."""
+def read_index(output: str, columns: list[str] | None = None) -> pa.Table:
+    """The index of a published dataset, or some of its columns, checked against the manifest. Raises :class:`DatasetError`."""
     wanted = read_manifest(output)["index"]
     uri = storage.join(output, wanted["file"])
     try:
@@ -715,7 +742,7 @@ def read_index(output: str) -> pa.Table:
         raise DatasetError(f"{uri}: missing") from None
     if hashlib.sha256(content).hexdigest() != wanted["sha256"]:
         raise DatasetError(f"{uri}: sha256 differs from {MANIFEST}")
-    return pq.read_table(io.BytesIO(content))
+    return pq.read_table(io.BytesIO(content), columns=columns)
 
 
 def index_rows(output: str, keys: Iterable[str]) -> list[dict[str, Any]]:
@@ -766,6 +793,7 @@ def ledger_rows(
         "end": float(video.probe.get("duration") or 0.0),
         "seconds": sorted(video.seconds.items()),
         "shift": json.dumps(video.shift, sort_keys=True) if video.shift else "",
+        "timeline": json.dumps(_timeline(video), sort_keys=True) if video.timeline else "",
         "source": json.dumps(video.source, sort_keys=True) if video.source else "",
         "versions": json.dumps(video.versions, sort_keys=True) if video.versions else "",
     }
@@ -782,6 +810,13 @@ def ledger_rows(
         stage, _, reason = row.pop("_cause").partition(": ")
         rows.append(row | shared | {"stage": stage, "cause": reason})
     return rows
+
+
+def _timeline(video: Video) -> dict[str, Any]:
+    """With the spans of the list, the first of many."""
+    end = video.timeline["end"]
+    spans = [[round(span.start, 3), round(span.end or end, 3)] for span in video.spans]
+    return video.timeline | {"spans": spans[:MAX_SPANS]}
 
 
 def _track_row(
@@ -811,6 +846,7 @@ def _track_row(
         "end": track.times[-1] if track.times else 0.0,
         "seconds": [],
         "shift": "",
+        "timeline": "",
         "source": "",
         "versions": "",
     }

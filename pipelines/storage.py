@@ -7,12 +7,13 @@ follow names written in commits and manifests.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,35 @@ from fsspec.implementations.local import LocalFileSystem
 
 TEMPORARY = ".tmp-"
 """Prefix of unfinished local files; ``remove_temporary`` deletes what a killed run left."""
+
+
+class PlaceError(OSError):
+    """Files cannot go where they should: no space, no permission. Ends the run with one line; it is nobody's video's fault."""
+
+
+UNUSABLE = {
+    errno.ENOSPC: "no space left on the device; make room and run the same command again",
+    errno.EDQUOT: "the quota is used up; make room and run the same command again",
+    errno.EROFS: "the file system is read-only; give another place",
+    errno.EACCES: "no permission to write there; change it or give another place",
+    errno.EPERM: "no permission to write there; change it or give another place",
+    errno.ENOTDIR: "a file lies where a folder should be; give another place",
+}
+"""What is wrong with a place, and the cure, by the number of the operating system's error."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def writing(place: str, numbers: Collection[int] = tuple(UNUSABLE)) -> Iterator[None]:
+    """Errors with one of ``numbers`` become a :class:`PlaceError` that names ``place``; others pass."""
+    try:
+        yield
+    except PlaceError:
+        raise
+    except OSError as error:
+        if error.errno is None or error.errno not in numbers:
+            raise
+        raise PlaceError(f"{place}: {UNUSABLE[error.errno]}") from error
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -66,13 +96,17 @@ def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> by
     return bytes(fs.cat_file(path, start=start, end=end))
 
 
-def write_atomic(uri: str, data: bytes) -> None:
-    """Write a small file so that a reader sees the old content or the new, never a part."""
+def write_atomic(uri: str, data: bytes, *, durable: bool = True) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a part.
+
+    Without ``durable`` it is not forced to the disk: a killed process loses nothing, a machine without power may.
+    """
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)
+        with writing(uri):
+            fs.pipe_file(path, data)
         return
-    with local_aside(Path(path)) as aside:
+    with local_aside(Path(path), durable=durable) as aside:
         aside.write_bytes(data)
 
 
@@ -80,25 +114,29 @@ def put_file(source: Path, uri: str) -> None:
     """Copy a finished local file to a URI; it appears there whole."""
     fs, path = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
-        fs.put_file(str(source), path)
+        with writing(uri):
+            fs.put_file(str(source), path)
         return
     with local_aside(Path(path)) as aside:
         shutil.copyfile(source, aside)
 
 
 @contextmanager
-def local_aside(target: Path) -> Iterator[Path]:
+def local_aside(target: Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary name in the target's folder; on success synced and renamed to it, on failure removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
-    try:
-        yield aside
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        aside.replace(target)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with writing(str(target.parent)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            if durable:
+                with aside.open("rb+") as file:
+                    os.fsync(file.fileno())
+            aside.replace(target)
+        except BaseException:
+            with suppress(OSError):  # the first error is the one to tell
+                aside.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

@@ -5,6 +5,9 @@ annotated box, the time map is measured (:mod:`pipelines.timemap`), the video is
 detected face that overlaps the annotated box. Without one, faces are searched in whole frames and linked while they
 overlap from one frame to the next; each person who stays long enough becomes a track.
 
+With ``search_every`` most of these frames are not searched whole: everybody is looked for where they were, and the whole frame
+is searched at once when somebody is not found there.
+
 Boxes are always detected, never interpolated: a frame without a face is dropped and counted. No track crosses a cut.
 Kept frames lie on one grid of time for the whole video, so overlapping utterances find the same frames, and the
 later one goes without.
@@ -16,7 +19,7 @@ the shift of each part.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -28,7 +31,7 @@ from numpy.typing import NDArray
 
 from models.frozen import weights
 from models.frozen.detector import Detector, DetectorName, load_detector
-from pipelines import bars, storage
+from pipelines import bars, snapshots, storage
 from pipelines.geometry import (
     Floats,
     Image,
@@ -88,9 +91,6 @@ CONTEXT_SECONDS = 0.2
 """Decoded before and after what is used, so that cuts at its ends are seen."""
 MEASURED_FRAMES = 200
 """Frames, spread over all utterances, from which the shift is measured."""
-STRIP_FRAMES = 8
-"""Frames of ``Video.shift["strip"]``."""
-
 REGION_GROWTH = 1.7
 """Side of the searched region over the side of the box it surrounds: for the head's motion and the detector's needs."""
 REGION_BOX_PX = 200
@@ -103,7 +103,7 @@ DETECTOR_FACE_PX = 80
 GAP_FACE_PX = 130
 GAP_REGION = 2.5
 """Without annotation, a skipped frame is searched again in a square of so many sides of the expected box, scaled until
-that box has the side above."""
+that box has the side above. So are the frames between two that are searched whole (``search_every``)."""
 QUIET_SECONDS = 1.0
 """Without annotation, after so long without any face only one frame in so long is searched until there is one: it is
 where no face is that the detector takes longest (dlib 0.7 s a frame, 20 times what a frame with a face takes)."""
@@ -138,6 +138,9 @@ class TracksConfig:
     search_side_px: int = 1280
     """Without annotation: long side to which frames are shrunk before faces are searched. Faces under
     80 px there may be missed, whatever ``min_face_px`` says."""
+    search_every: int = 1
+    """Without annotation: of so many kept frames one is searched whole, the others around the faces that were there before.
+    Above 1 it is faster (benchmarks/README.md), and who enters the picture may be found so many frames later."""
     max_gap_seconds: float = 0.7
     """Without annotation: a person not seen for longer (at 5 frames a second: in three frames) begins a new track."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -160,6 +163,8 @@ class TracksConfig:
                 "min_face_found must be in [0, 1] and min_overlap in (0, 1], got "
                 f"{self.min_face_found} and {self.min_overlap}"
             )
+        if self.search_every < 1:
+            raise ValueError(f"search_every must be at least 1, got {self.search_every}")
         if self.min_face_px <= 0 or self.search_side_px < DETECTOR_FACE_PX:
             raise ValueError(
                 f"min_face_px must be positive and search_side_px at least {DETECTOR_FACE_PX}, "
@@ -388,6 +393,24 @@ class Watched(NamedTuple):
     frames: Iterator[Frame]
     cuts: list[int]
     """Complete when ``frames`` has ended."""
+    snapshots: dict[int, bytes]
+    """Of the frames of ``shown``, by index; complete when ``frames`` has ended."""
+
+
+class Seen(NamedTuple):
+    """What a search has seen besides faces."""
+
+    cuts: Sequence[int] = ()
+    """Indices of the first frames of new shots, increasing."""
+    snapshots: Mapping[int, bytes] = {}
+    """Small pictures of some frames by index."""
+    found: Sequence[tuple[float, str]] = ()
+    """(seconds, mark of :data:`pipelines.snapshots.RANK`) of each frame that was searched."""
+
+
+def some_of(indices: Sequence[int]) -> list[int]:
+    """The frames, of those that will be searched, of which snapshots are taken."""
+    return [int(indices[i]) for i in spread(len(indices), snapshots.FRAMES)]
 
 
 def watch(
@@ -396,9 +419,11 @@ def watch(
     decoder: Decoder,
     ranges: Sequence[tuple[int, int]],
     images: Iterable[int],
+    shown: Sequence[int],
 ) -> Watched:
-    """Decode ranges of frames, give out those of ``images``, and find the cuts on the way."""
+    """Decode ranges of frames, give out those of ``images``, find the cuts and take the snapshots on the way."""
     cuts: list[int] = []
+    taken: dict[int, bytes] = {}
 
     def frames() -> Iterator[Frame]:
         shots, last = ShotFinder(), -1
@@ -411,10 +436,12 @@ def watch(
                 shots.add(frame.index, max(0.0, frame.time), frame.thumb)
                 last = frame.index
                 if frame.image is not None:
+                    if frame.index in shown:
+                        taken[frame.index] = snapshots.encode(frame.image, snapshots.FRAME_PX)
                     yield frame
         cuts.extend(shots.cuts())
 
-    return Watched(frames(), cuts)
+    return Watched(frames(), cuts, taken)
 
 
 def frames_between(times: NDArray[np.float64], start: float, end: float) -> tuple[int, int]:
@@ -457,6 +484,10 @@ class Utterance:
         """Which moments of the video belong to it, its trimmed ends left out."""
         return inside_ends(self.times, at - shift, TRIM_SECONDS)
 
+    def surely_used(self, at: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which moments belong to it whatever the shift is."""
+        return self.used(at, SHIFTS[0]) & self.used(at, SHIFTS[-1])
+
 
 def plan_utterances(
     spans: Iterable[Span], area: Floats, times: NDArray[np.float64], config: TracksConfig
@@ -495,8 +526,8 @@ def search_utterances(
     decoder: Decoder,
     detector: Detector,
     config: TracksConfig,
-) -> list[int]:
-    """Fill the looks of all utterances and return the cuts.
+) -> Seen:
+    """Fill the looks of all utterances.
 
     Stops early when so many frames hold no face that the video cannot pass: what is not a face takes the detector
     longest, and most uploads that are not the annotated video show up here.
@@ -511,7 +542,8 @@ def search_utterances(
         for u in utterances
         if len(u.frames)
     ]
-    watched = watch(path, info, decoder, ranges, by_frame)
+    sure = [index for u in utterances for index in u.frames[u.surely_used(times[u.frames])]]
+    watched = watch(path, info, decoder, ranges, by_frame, some_of(sure or list(by_frame)))
     with closing(watched.frames):  # type: ignore[type-var]
         missed = 0
         for frame in watched.frames:
@@ -521,12 +553,11 @@ def search_utterances(
                 faces = search_region(frame.image, region, scale, detector)
                 utterance.looks[frame.index] = faces
                 # Ends that a shift may put outside do not count against the video.
-                at = np.array([frame.time])
-                if utterance.used(at, SHIFTS[0])[0] and utterance.used(at, SHIFTS[-1])[0]:
+                if utterance.surely_used(np.array([frame.time]))[0]:
                     missed += not len(faces)
             if missed > allowed:
                 break
-    return watched.cuts
+    return Seen(watched.cuts, watched.snapshots)
 
 
 @dataclass(frozen=True)
@@ -546,8 +577,7 @@ def measure(utterances: Sequence[Utterance], times: NDArray[np.float64], prior: 
         (utterance, index)
         for utterance in utterances
         for index in sorted(utterance.looks)
-        if len(utterance.looks[index])
-        and all(utterance.used(times[[index]], shift)[0] for shift in (SHIFTS[0], SHIFTS[-1]))
+        if len(utterance.looks[index]) and utterance.surely_used(times[[index]])[0]
     ]
     chosen = [sure[i] for i in spread(len(sure), MEASURED_FRAMES)]
     faces = [utterance.looks[index] for utterance, index in chosen]
@@ -627,16 +657,20 @@ def judge(overlap: Sequence[Floats], config: TracksConfig) -> tuple[Cause, str] 
 
 
 def describe(
-    matches: Sequence[Matches], times: NDArray[np.float64], timemap: TimeMap
+    matches: Sequence[Matches],
+    times: NDArray[np.float64],
+    timemap: TimeMap,
+    shown: Iterable[int],
 ) -> dict[str, Any]:
-    """``Video.shift``: the time map, what it rests on, and a strip of frames that shows it."""
+    """``Video.shift``: the time map, what it rests on, and a strip of the frames ``shown``."""
     found, median = agreement(np.concatenate([m.overlap for m in matches] or [np.empty(0)]))
-    rows = [(m, i) for m in matches for i in range(len(m.indices))]
+    rows = {int(index): (m, i) for m in matches for i, index in enumerate(m.indices)}
     strip = []
-    for m, i in (rows[k] for k in spread(len(rows), STRIP_FRAMES)):
+    for m, i in (rows[index] for index in sorted(shown) if index in rows):
         face = m.faces[i, :4]
         strip.append(
             {
+                "index": int(m.indices[i]),
                 "time": round(float(times[m.indices[i]]), 4),
                 "annotated": np.round(m.annotated[i], 2).tolist(),
                 "detected": [] if np.isnan(face).any() else np.round(face, 2).tolist(),
@@ -655,6 +689,16 @@ def describe(
         },
         "strip": strip,
     }
+
+
+def marks_of(
+    matches: Iterable[Matches], times: NDArray[np.float64], least_overlap: float
+) -> Iterator[tuple[float, str]]:
+    """(seconds, mark of :data:`pipelines.snapshots.RANK`) of each frame that was searched."""
+    for m in matches:
+        for index, overlap in zip(m.indices.tolist(), m.overlap.tolist(), strict=True):
+            mark = "-" if np.isnan(overlap) else "o" if overlap >= least_overlap else "x"
+            yield float(times[index]), mark
 
 
 def to_sightings(
@@ -708,39 +752,40 @@ def follow_annotation(
     decoder: Decoder,
     detector: Detector,
     config: TracksConfig,
-) -> tuple[Video, list[Found]]:
+) -> tuple[Video, list[Found], Seen]:
     """Tracks of the annotated spans; the video is rejected when it is not the one that was annotated."""
     spans = [span for span in video.spans if span.boxes]
     last = max(span.times[-1] for span in spans)
     if info.duration < last - SHORT_SECONDS:
         detail = f"lasts {info.duration:.2f} s, annotated to {last:.2f} s"
-        return reject(video, Cause.TIMELINE_SHORT, detail), []
+        return reject(video, Cause.TIMELINE_SHORT, detail), [], Seen()
     area, objection = annotated_area(spans, path, info, decoder)
     if objection:
-        return reject(video, Cause.ANNOTATION_ASPECT, objection), []
+        return reject(video, Cause.ANNOTATION_ASPECT, objection), [], Seen()
     times = frame_times(path)
     utterances, found = plan_utterances(spans, area, times, config)
-    cuts = search_utterances(path, info, times, utterances, decoder, detector, config)
+    seen = search_utterances(path, info, times, utterances, decoder, detector, config)
     timemap = measure(utterances, times, prior_shift(info.fps))
     matches = [match(utterance, times, timemap) for utterance in utterances]
-    shift = describe(matches, times, timemap)
+    shift = describe(matches, times, timemap, seen.snapshots)
     if area.tolist() != [0, 0, info.width, info.height]:
         shift["content"] = area.tolist()
+    seen = seen._replace(found=list(marks_of(matches, times, config.min_overlap)))
     video = replace(video, shift=shift)
     refusal = judge([m.overlap for m in matches], config)
     if refusal:
-        return reject(video, *refusal), []
+        return reject(video, *refusal), [], seen
     taken: set[int] = set()
     for utterance, m in zip(utterances, matches, strict=True):
         sightings = to_sightings(m, times, taken, config.min_overlap)
         taken.update(sighting.index for sighting in sightings if sighting.box is not None)
-        found += make_tracks(utterance.span, sightings, cuts, config)
+        found += make_tracks(utterance.span, sightings, seen.cuts, config)
         if not len(utterance.frames) and not utterance.cut_off:
             nothing = Track(name="", span=utterance.span.name)
             detail = "no frame lies between its trimmed ends"
             start = float(utterance.times[0])
             found.append(Found(start, reject_track(nothing, Cause.TRACK_SHORT, detail)))
-    return video, found
+    return video, found, seen
 
 
 # -------------------------------------------------------------------------------------- without annotation
@@ -835,6 +880,74 @@ def plan_spans(
     return plans, found
 
 
+def search_near(
+    image: Image, expected: Floats, detector: Detector, most: float = np.inf
+) -> NDArray[np.float32]:
+    """Faces (m, 5) in the surroundings of an expected box (4,), brought to one size but enlarged no more than ``most``."""
+    scale = min(GAP_FACE_PX / float(box_sizes(expected).mean()), most)
+    return search_region(image, scale_boxes(expected, GAP_REGION), scale, detector)
+
+
+class Lookout:
+    """Searches frames in order of time: whole, or where the faces of the frames before were."""
+
+    def __init__(self, info: VideoInfo, detector: Detector, config: TracksConfig) -> None:
+        self.detector = detector
+        self.config = config
+        self.whole = np.array([0.0, 0.0, info.width, info.height])
+        side = max(info.width, info.height)
+        self.scale = min(DETECTOR_FACE_PX / config.min_face_px, config.search_side_px / side)
+        pixels = info.width * info.height * self.scale**2
+        self.most_near = int(pixels / (GAP_REGION * GAP_FACE_PX) ** 2)
+        """People whose surroundings are fewer pixels than the whole frame."""
+        self.people: list[tuple[float, NDArray[np.float32]]] = []
+        """Time and row (5,) of everybody's last face, for as long as they may come back."""
+        self.turn = 0
+        """Frames since one was searched whole."""
+        self.before = self.looked = self.searched = self.seen = -np.inf
+        """Time of the last frame, the last one looked at, the last one searched whole, the last one with a face."""
+
+    def look(self, image: Image, time: float) -> NDArray[np.float32] | None:
+        """Faces (m, 5) in a frame, or None when it was not searched: nobody has been there for a while."""
+        patience = self.config.max_gap_seconds
+        follows = time - self.before <= patience
+        self.before = time
+        self.turn += 1
+        self.people = [known for known in self.people if time - known[0] <= patience]
+        faces: NDArray[np.float32] | None = None
+        if follows and self.turn < self.config.search_every:
+            if not self.people:
+                return None
+            if len(self.people) <= self.most_near:
+                faces = self._follow(image)
+        if faces is None:
+            if time - self.seen > QUIET_SECONDS and time - self.searched < QUIET_SECONDS:
+                return None
+            faces = search_region(image, self.whole, self.scale, self.detector)
+            self.searched, self.turn = time, 0
+        lost = [known for known in self.people if not _is_among(known[1], faces)]
+        self.people = [(time, face) for face in faces] + lost
+        self.looked = time
+        self.seen = time if len(faces) else self.seen
+        return faces
+
+    def _follow(self, image: Image) -> NDArray[np.float32] | None:
+        """Faces where people were; None when somebody who was there in the last frame is not."""
+        found = np.zeros((0, 5), np.float32)
+        for seen, known in self.people:
+            # no closer than in the whole frame: boxes found at another size agree less, and small videos would be enlarged
+            near = search_near(image, known[:4], self.detector, self.scale)
+            fresh = [face for face in near if not _is_among(face, found)]
+            found = np.concatenate([found, np.array(fresh, np.float32).reshape(-1, 5)])
+            if seen == self.looked and not _is_among(known, found):
+                return None
+        return found
+
+
+def _is_among(face: NDArray[np.float32], faces: NDArray[np.float32]) -> bool:
+    return bool(iou(face[:4], faces[:, :4]).max(initial=0.0) >= LINK_OVERLAP)
+
+
 def search_frames(
     path: str,
     info: VideoInfo,
@@ -843,28 +956,24 @@ def search_frames(
     decoder: Decoder,
     detector: Detector,
     config: TracksConfig,
-) -> tuple[dict[int, NDArray[np.float32]], list[int]]:
-    """Faces (m, 5) of each frame that was searched, whole, by index; and the cuts."""
-    side = max(info.width, info.height)
-    scale = min(DETECTOR_FACE_PX / config.min_face_px, config.search_side_px / side)
+) -> tuple[dict[int, NDArray[np.float32]], Seen]:
+    """Faces (m, 5) of each frame that was searched, by index; and what else was seen."""
     ranges = [
         frames_between(times, times[frames[0]], times[frames[-1]])
         for frames in plans
         if len(frames)
     ]
     wanted = [int(index) for frames in plans for index in frames]
-    whole = np.array([0.0, 0.0, info.width, info.height])
-    watched = watch(path, info, decoder, ranges, wanted)
+    watched = watch(path, info, decoder, ranges, wanted, some_of(wanted))
+    lookout = Lookout(info, detector, config)
     faces: dict[int, NDArray[np.float32]] = {}
-    searched = seen = -np.inf
     for frame in watched.frames:
         assert frame.image is not None
-        if frame.time - seen > QUIET_SECONDS and frame.time - searched < QUIET_SECONDS:
-            continue
-        faces[frame.index] = search_region(frame.image, whole, scale, detector)
-        searched = frame.time
-        seen = frame.time if len(faces[frame.index]) else seen
-    return faces, watched.cuts
+        looked = lookout.look(frame.image, frame.time)
+        if looked is not None:
+            faces[frame.index] = looked
+    found = [(float(times[index]), "o" if len(box) else "-") for index, box in faces.items()]
+    return faces, Seen(watched.cuts, watched.snapshots, found)
 
 
 def fill_gaps(
@@ -890,9 +999,7 @@ def fill_gaps(
         assert frame.image is not None
         for chain, position in wanted[frame.index]:
             expected = chain.expected(position)
-            scale = GAP_FACE_PX / float(box_sizes(expected).mean())
-            region = scale_boxes(expected, GAP_REGION)
-            found = search_region(frame.image, region, scale, detector)
+            found = search_near(frame.image, expected, detector)
             others = [other.faces[position][:4] for other in chains if position in other.faces]
             fresh = found[iou(found[:, :4], others).max(axis=1, initial=0.0) < LINK_OVERLAP]
             scores = iou(expected, fresh[:, :4])[0]
@@ -908,12 +1015,12 @@ def follow_detection(
     detector: Detector,
     config: TracksConfig,
     taken: Iterable[int] = (),
-) -> list[Found]:
+) -> tuple[list[Found], Seen]:
     """Tracks of everybody who stays long enough in the spans without annotation, apart from the frames ``taken``."""
     spans = [span for span in video.spans if not span.boxes]
     times = frame_times(path)
     plans, found = plan_spans(spans, times, taken, config)
-    looks, cuts = search_frames(
+    looks, seen = search_frames(
         path, info, times, [frames for _, frames in plans], decoder, detector, config
     )
     for span, planned in plans:
@@ -923,7 +1030,7 @@ def follow_detection(
             sides = box_sizes(looks[index][:, :4]).mean(axis=1)
             faces.append(looks[index][sides >= config.min_face_px])
             largest = max(largest, float(sides.max(initial=0.0)))
-        shots = np.searchsorted(cuts, frames, side="right")
+        shots = np.searchsorted(seen.cuts, frames, side="right")
         chains = link(faces, times[frames], shots, config.max_gap_seconds)
         fill_gaps(path, info, frames, chains, decoder, detector)
         for chain in chains:
@@ -935,14 +1042,14 @@ def follow_detection(
                     sightings.append(Sighting(index, at, (left, top, right, bottom), score))
                 else:
                     sightings.append(Sighting(index, at, None, cause=Cause.TRACK_NO_FACE.value))
-            found += make_tracks(span, sightings, cuts, config)
+            found += make_tracks(span, sightings, seen.cuts, config)
         if len(frames) and not chains:
             detail = f"no face of {config.min_face_px:g} px in {len(frames)} frames"
             if largest:
                 detail += f", the largest has {largest:.0f} px"
             nobody = reject_track(Track(name="", span=span.name), Cause.TRACK_NO_FACE, detail)
             found.append(Found(float(times[frames[0]]), nobody))
-    return found
+    return found, seen
 
 
 # ------------------------------------------------------------------------------------------------- the stage
@@ -956,7 +1063,37 @@ def tell_black(video: Video, path: str, info: VideoInfo, decoder: Decoder) -> Vi
     return reject(video, Cause.VIDEO_BLACK, detail)
 
 
-def follow(video: Video, decoder: Decoder, detector: Detector, config: TracksConfig) -> Video:
+def glance(path: str, info: VideoInfo, decoder: Decoder) -> list[bytes]:
+    """A snapshot from the middle of a video that was rejected unseen; none of one that does not decode."""
+    try:
+        middle = len(frame_times(path)) // 2
+        frames = decoder.read(path, info, ranges=[(middle, middle + 1)], images=[middle])
+        images = [frame.image for frame in frames if frame.image is not None]
+    except VideoError:
+        return []
+    return [snapshots.encode(image, snapshots.FRAME_PX) for image in images]
+
+
+def show(
+    video: Video, path: str, info: VideoInfo, decoder: Decoder, seen: Sequence[Seen]
+) -> tuple[Video, list[Member]]:
+    """The video with its timeline, and its snapshots: what the report will show of it, whatever becomes of it."""
+    times = frame_times(path)
+    found = sorted(item for part in seen for item in part.found)
+    cuts = sorted(float(times[index]) for part in seen for index in part.cuts)
+    pictures = {index: jpeg for part in seen for index, jpeg in part.snapshots.items()}
+    chosen = some_of(sorted(pictures))
+    shown = [(index, float(times[index])) for index in chosen]
+    line = snapshots.timeline(found, cuts, shown, (info.width, info.height))
+    members = [(snapshots.of_frame(video.key, index), pictures[index]) for index in chosen]
+    if not pictures:
+        members = [(snapshots.only(video.key), jpeg) for jpeg in glance(path, info, decoder)]
+    return replace(video, timeline=line), members
+
+
+def follow(
+    video: Video, decoder: Decoder, detector: Detector, config: TracksConfig
+) -> tuple[Video, list[Member]]:
     """Find the tracks of one video that has been fetched.
 
     Args:
@@ -965,30 +1102,36 @@ def follow(video: Video, decoder: Decoder, detector: Detector, config: TracksCon
         detector: built for faces of :data:`DETECTOR_FACE_PX`.
 
     Returns:
-        the video with ``tracks`` (rejected ones too) and, where it was annotated, ``shift``; rejected when it cannot
-        be decoded, is not the one annotated, or has no track left.
+        the video with ``tracks`` (rejected ones too), ``timeline`` and, where it was annotated, ``shift``; rejected
+        when it cannot be decoded, is not the one annotated, or has no track left; and its snapshots.
     """
     info = VideoInfo(**video.probe)
     (network,) = weight_names(config)
     used = f"{config.detector} {weights.REGISTRY[network].sha256[:12]}"
     video = replace(video, versions=video.versions | {"detector": used})
     found: list[Found] = []
+    seen: list[Seen] = []
+    members: list[Member] = []
     try:
         with storage.local_file(video.blob) as local:
             args = str(local), info, decoder, detector, config
             if any(span.boxes for span in video.spans):
-                video, found = follow_annotation(video, *args)
+                video, found, annotated = follow_annotation(video, *args)
+                seen.append(annotated)
             if video.live and not all(span.boxes for span in video.spans):
                 kept = (track for _, track in found if track.state == "open")
                 taken = {index for track in kept for index in track.indices}
-                found += follow_detection(video, *args, taken)
+                others, free = follow_detection(video, *args, taken)
+                found += others
+                seen.append(free)
             if video.live:
                 video = finish(video, found, config.max_frames_per_video)
             if video.cause == Cause.TRACK_NO_FACE.value:
                 video = tell_black(video, str(local), info, decoder)
+            video, members = show(video, str(local), info, decoder, seen)
     except VideoError as error:
-        return reject(video, error.cause, error.detail)
-    return video
+        return reject(video, error.cause, error.detail), []
+    return video, members
 
 
 class Tracker:
@@ -1005,7 +1148,8 @@ class Tracker:
 
     def follow(self, video: Video, members: list[Member]) -> tuple[Video, list[Member]]:
         """A stage of :func:`pipelines.schema.run_stage`."""
-        return follow(video, self.decoder, self.detector, self.config), members
+        video, pictures = follow(video, self.decoder, self.detector, self.config)
+        return video, [*members, *pictures]
 
 
 def add_tracks(videos: Dataset, config: TracksConfig) -> Dataset:

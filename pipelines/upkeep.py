@@ -18,8 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import report, shards, storage
-from pipelines.preprocess import OutputLock, Tally
+from pipelines import gallery, report, shards, storage
+from pipelines.output import OutputLock
+from pipelines.preprocess import Tally
 from pipelines.schema import Video
 from pipelines.shards import DatasetError
 
@@ -62,7 +63,7 @@ def repair(output: str) -> Repair:
 
     Raises:
         DatasetError: not a dataset.
-        preprocess.ConfigError: another job is writing there.
+        output.ConfigError: another job is writing there.
     """
     shards.read_manifest(output)
     result = Repair(done=[], left=[])
@@ -184,7 +185,7 @@ def take_down(
     Raises:
         DatasetError: not a dataset, a name it has never heard of (nothing is changed then), or a damaged shard that
             would have to be written again.
-        preprocess.ConfigError: another job is writing there.
+        output.ConfigError: another job is writing there.
     """
     shards.read_manifest(output)
     left: list[str] = []
@@ -206,13 +207,17 @@ def take_down(
         storage.write_atomic(storage.join(output, shards.TAKEDOWNS), content)
         # From here on nothing brings them back, whatever happens to this process.
         storage.remove(storage.join(output, report.PAGE))
+        album = gallery.read_album(output)
+        gallery.write_album(output, album.filter(pc.invert(_covered(album, takedowns))))
         tally = Tally()
         shards.write_ledger((tally.see(row) for row in _marked_rows(output, takedowns)), output)
-        tables = (thinned.tables[entry["name"]] for entry in thinned.listing)
+        tables = [thinned.tables[entry["name"]] for entry in thinned.listing]
+        people = {name for table in tables for name in table["identity"].unique().to_pylist()}
         manifest |= {
             "dataset_version": manifest["dataset_version"] + bool(thinned.replaced),
             "counts": tally.counts(),
             "splits": tally.splits(),
+            "twins": [pair for pair in manifest["twins"] if people.issuperset(pair[:2])],
             "shards": thinned.listing,
             "index": shards.write_index_tables(tables, output),
         }

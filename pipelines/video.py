@@ -36,7 +36,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -835,38 +835,123 @@ def _wanted(
     return sorted(inside if thumbs else images)
 
 
-def encode(path: Path, pictures: Iterable[Picture], rate: Fraction, crf: int = 18) -> None:
-    """Write pictures as an H.264 mp4 at a constant rate, tagged BT.709.
+COPIED_SOUND = ("aac", "mp3", "ac3", "eac3")
+"""Codecs of sound that every player takes in an mp4; any other becomes AAC."""
+CLOCK = Fraction(1, 90000)
+"""Unit of presentation times, seconds, when they are given."""
+
+
+def encode(
+    path: Path,
+    pictures: Iterable[Picture],
+    rate: Fraction,
+    crf: int = 18,
+    *,
+    times: Sequence[float] | None = None,
+    sound: Path | None = None,
+) -> None:
+    """Write pictures as an H.264 mp4, tagged BT.709. Holds a picture at a time, however long the video.
 
     Args:
         path: of the file to make.
         pictures: (height, width, 3) RGB each, all of one size, sides even.
         rate: frames per second.
         crf: quality of x264; 18 is visually lossless.
+        times: presentation time of each picture in seconds, increasing; without them the rate is constant.
+        sound: a file whose sound is added, on the same time line: seconds from that file's start.
 
     Raises:
         ValueError: no picture came.
+        VideoError: the file with the sound cannot be opened.
     """
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format="mp4") as container, ExitStack() as opened:
+        packets: Iterator[tuple[float, Any]] = iter(())
+        waiting: tuple[float, Any] | None = None
         stream: Any = None
-        for picture in pictures:
+        for index, picture in enumerate(pictures):
             if stream is None:
-                stream = container.add_stream("libx264", rate=rate)
-                stream.height, stream.width = picture.shape[:2]
-                stream.pix_fmt = "yuv420p"
-                stream.options = {"crf": str(crf), "preset": "veryfast"}
-                stream.codec_context.color_range = ColorRange.MPEG
-                stream.codec_context.colorspace = Colorspace.ITU709
+                stream = _add_h264(container, picture, rate, crf)
+                if times is not None:
+                    stream.codec_context.time_base = CLOCK
+                if sound is not None:
+                    packets = _sound_packets(container, opened.enter_context(_opened(sound)))
+                waiting = next(packets, None)
+            seconds = float(index / rate) if times is None else times[index]
+            while waiting is not None and waiting[0] <= seconds:  # muxers want both side by side
+                container.mux(waiting[1])
+                waiting = next(packets, None)
             frame = av.VideoFrame.from_ndarray(picture, "rgb24")
             shown = frame.reformat(
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,
                 dst_color_range=ColorRange.MPEG,
             )
+            if times is not None:
+                shown.pts, shown.time_base = round(Fraction(seconds) / CLOCK), CLOCK
             container.mux(stream.encode(shown))
         if stream is None:
             raise ValueError(f"{path}: no pictures to encode")
         container.mux(stream.encode(None))
+        if waiting is not None:
+            container.mux(waiting[1])
+        for _, packet in packets:
+            container.mux(packet)
+
+
+def _add_h264(container: Any, picture: Picture, rate: Fraction, crf: int) -> Any:
+    """A stream for pictures of this one's size."""
+    stream = container.add_stream("libx264", rate=rate)
+    stream.height, stream.width = picture.shape[:2]
+    stream.pix_fmt = "yuv420p"
+    stream.options = {"crf": str(crf), "preset": "veryfast"}
+    stream.codec_context.color_range = ColorRange.MPEG
+    stream.codec_context.colorspace = Colorspace.ITU709
+    return stream
+
+
+def _sound_packets(container: Any, source: Any) -> Iterator[tuple[float, Any]]:
+    """Packets of the source's sound with their times, for a stream that is added to ``container`` at once.
+
+    Sound that ends in damage ends there, with a warning: the pictures are worth more.
+    """
+    stream = source.streams.best("audio")
+    if stream is None or stream.codec_context is None:
+        return iter(())
+    copied = stream.codec_context.name in COPIED_SOUND
+    added = (
+        container.add_stream_from_template(stream)
+        if copied
+        else container.add_stream("aac", rate=stream.codec_context.sample_rate)
+    )
+    start = Fraction(source.start_time or 0, av.time_base)
+
+    def copy() -> Iterator[tuple[float, Any]]:
+        for packet in source.demux(stream):
+            if packet.dts is None or packet.pts is None:
+                continue
+            shift = round(start / packet.time_base)
+            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+            seconds = float(packet.pts * packet.time_base)
+            packet.stream = added
+            yield seconds, packet
+
+    def recode() -> Iterator[tuple[float, Any]]:
+        for frame in source.decode(stream):
+            frame.pts -= round(start / frame.time_base)
+            yield from ((_seconds(packet), packet) for packet in added.encode(frame))
+        yield from ((_seconds(packet), packet) for packet in added.encode(None))
+
+    def until_damage() -> Iterator[tuple[float, Any]]:
+        try:
+            yield from copy() if copied else recode()
+        except av.FFmpegError as error:
+            logger.warning("%s: its sound ends early: %s", source.name, error)
+
+    return until_damage()
+
+
+def _seconds(packet: Any) -> float:
+    return float((packet.pts or 0) * packet.time_base)
 
 
 if __name__ == "__main__":

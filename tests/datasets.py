@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.frozen.parsing import ParsingLabel
-from pipelines import report, shards
+from pipelines import report, shards, snapshots
 from pipelines.annotate import encode_labels
 from pipelines.crops import CropsConfig
 from pipelines.preprocess import PreprocessConfig, Tally, describe_windows
@@ -114,6 +114,7 @@ def made_video(identity: str, video: str, tracks: int = 2, frames: int = 5, **fi
                 "face_found": 1.0,
                 "strip": [
                     {
+                        "index": number,
                         "time": 0.4 * number,
                         "annotated": [400.0, 300.0, 800.0, 700.0],
                         "detected": [410.0, 330.0, 790.0, 720.0] if number != 3 else [],
@@ -147,6 +148,7 @@ def made_video(identity: str, video: str, tracks: int = 2, frames: int = 5, **fi
         matrix = np.tile(np.array([[0.2, 0, 0], [0, 0.2, 0]], np.float32), (frames, 1, 1))
         row = np.array([700.0, inside, 0.99, 50.0, 400.0, 5.0, -3.0, 1.0, 20.0], np.float32)
         scores = np.tile(row, (frames, 1))
+        members.append((snapshots.only(key), snapshots.shrink(face_jpeg(size, 0.0, hue))))
         members += [
             (f"{key}.landmarks.npy", npy_bytes(landmarks)),
             (f"{key}.matrix.npy", npy_bytes(matrix)),
@@ -161,6 +163,14 @@ def made_video(identity: str, video: str, tracks: int = 2, frames: int = 5, **fi
                 (frame_member(key, index), face_jpeg(size, turn, hue)),
                 (frame_member(key, index, "png"), face_labels(size)),
             ]
+    if tracks:
+        times = sorted(time for track in made.tracks for time in track.times)
+        shown = [(number, 0.4 * number) for number in (2, 3, 4)]
+        line = snapshots.timeline([(time, "o") for time in times], [0.9], shown, (1920, 1080))
+        made = replace(made, timeline=line)
+        scene = np.full((270, 480, 3), (90, 20 + hue % 90, 130), np.uint8)
+        jpeg = snapshots.encode(scene, snapshots.FRAME_PX)
+        members += [(snapshots.of_frame(made.key, index), jpeg) for index, _ in shown]
     return made, members
 
 
@@ -181,7 +191,10 @@ def some_videos() -> list[Made]:
     )
     small = reject_track(track, Cause.CROP_SMALL, "window side 210 px < 384 px")
     made += [
-        (reject(replace(short, tracks=(small,)), Cause.NO_TRACKS, "1 track, none kept"), []),
+        (
+            reject(replace(short, tracks=(small,)), Cause.NO_TRACKS, "1 track, none kept"),
+            only_snapshots(members),
+        ),
         (
             reject(
                 crash,
@@ -201,7 +214,13 @@ def some_videos() -> list[Made]:
             reject_track(mixed.tracks[1], Cause.TRACK_SHORT, "0.4 s < 1 s"),
         ),
     )
-    return [*made, (mixed, [member for member in members if member[0].startswith("id02-v1-000.")])]
+    kept = [member for member in members if member[0].startswith("id02-v1-000.")]
+    return [*made, (mixed, kept + only_snapshots(members))]
+
+
+def only_snapshots(members: Iterable[Member]) -> list[Member]:
+    """What is left of a video that was rejected."""
+    return [member for member in members if snapshots.is_snapshot(member[0])]
 
 
 def commit_all(output: str, made: Iterable[Made]) -> list[shards.Commit]:
@@ -278,6 +297,7 @@ def make_dataset(
         "counts": tally.counts(),
         "splits": tally.splits(),
         "members": CROP,
+        "twins": [],
         "buckets": buckets,
         "shards": listing,
         "index": shards.write_index(records, output) if records else {},

@@ -13,6 +13,9 @@ from typing import Any
 from pipelines import shards, storage
 from tests.material import REPOSITORY
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For runs whose numbers must be equal to the last digit."""
+
 
 def environment(folder: Path) -> dict[str, str]:
     """Of a job in a test: MLflow's files and Ray's sessions stay in ``folder`` and a short folder of their own."""

@@ -80,6 +80,20 @@ def test_only_jobs_print() -> None:
     assert calls == []
 
 
+def test_only_the_loop_imports_ray_train() -> None:
+    """import-linter knows packages of others as a whole only."""
+    importers = {
+        str(path)
+        for path in modules(*PACKAGES)
+        for node in ast.walk(ast.parse((REPOSITORY / path).read_text()))
+        if (
+            isinstance(node, ast.Import) and any(a.name.startswith("ray.train") for a in node.names)
+        )
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray.train"))
+    }
+    assert importers == {"pipelines/training.py"}
+
+
 def test_every_module_says_what_it_is_for() -> None:
     silent = [
         str(path)

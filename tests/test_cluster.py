@@ -6,9 +6,12 @@ import re
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from jobs import runtime
+from pipelines.training import ClusterConfig
 from tests.material import REPOSITORY
 
 
@@ -78,3 +81,31 @@ def test_machines_get_the_tested_versions(cluster: dict[str, Any]) -> None:
     sources = [path for path in cluster["file_mounts"].values() if not path.startswith("~")]
     assert sources == ["pyproject.toml", "constraints.txt"]
     assert all((REPOSITORY / path).is_file() for path in sources)
+
+
+@pytest.mark.slow
+def test_workers_elsewhere_need_a_tracking_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two real Ray nodes: files of one cannot be MLflow's store for the other. One node that holds all workers can."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        ray.init(address=cluster.address, logging_level="ERROR")
+        runtime.require_reach(ClusterConfig(num_workers=2))
+        with pytest.raises(SystemExit) as ended:
+            runtime.require_reach(ClusterConfig(num_workers=3))  # an autoscaler would start a node
+        assert ended.value.code == runtime.USAGE
+        cluster.add_node(num_cpus=2)
+        with pytest.raises(SystemExit) as ended:
+            runtime.require_reach(ClusterConfig(num_workers=2))
+        assert ended.value.code == runtime.USAGE
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len([line for line in lines if "MLFLOW_TRACKING_URI is not set" in line]) == 2
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
+        runtime.require_reach(ClusterConfig(num_workers=2))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

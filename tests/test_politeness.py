@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,11 @@ def test_a_storm_stops_everybody_until_it_is_over(site: VideoSite, tmp_path: Pat
     quiet = [b.time - a.time for a, b in itertools.pairwise(site.visits)]
     assert max(quiet) >= PAUSE, "nobody asked while the address waited"
     assert recovered - (first + site.storm.seconds) < 30, "and went on soon after"
+    paused = (
+        r"address node [\d.]+ is paused at 127\.0\.0\.1 \(rate limited, \d in a row\): .*under way"
+    )
+    assert re.search(paused, text), "whoever watches is told"
+    assert re.search(r"address node [\d.]+ goes on with 127\.0\.0\.1", text)
 
 
 def test_an_address_that_is_given_up_leaves_the_list_for_another_day_or_another_source(

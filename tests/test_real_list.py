@@ -16,7 +16,7 @@ import pytest
 from jobs.demo import serve
 from pipelines.schema import npy_array
 from tests.material import SHARED, needs_shared
-from tests.runs import ledger, outcome, run_job
+from tests.runs import ONE_THREAD, ledger, outcome, run_job
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, needs_shared]
 
@@ -175,3 +175,75 @@ def cut_time(path: Path) -> float:
             pictures.append(frame.reformat(64, 36, "gray").to_ndarray().astype(float))
     jumps = [np.abs(after - before).mean() for before, after in itertools.pairwise(pictures)]
     return float(times[int(np.argmax(jumps)) + 1] - times[0])
+
+
+def test_batches_show_one_person_each(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Aligner is given of real people: the identity network, shown the faces as training will show them, knows
+    source and target for the same person and different samples for different people; the border is black and only the border."""
+    import torch
+
+    from models.aligner.augment import AugmentConfig
+    from models.frozen.arcface import crop_faces, load_identity_network
+    from pipelines.samples import SamplesConfig, aligner_batches
+
+    monkeypatch.setenv("HEADRAY_WEIGHTS", str(SHARED / "weights"))
+    network = load_identity_network("mobilefacenet")
+    still = AugmentConfig(max_photometric=0, scale=0.0)
+    config = SamplesConfig(
+        identity="mobilefacenet", max_sources=2, batch_size=12, loaders=2, augment=still
+    )
+    batches = aligner_batches(config, str(dataset), samples_seen=0, rank=0, world_size=1)
+    same, other = [], []
+    for batch in itertools.islice(batches, 2):
+        outside = (batch.target_valid == 0).expand(-1, 3, -1, -1)
+        assert 0.05 < outside.float().mean() < 0.6
+        assert (batch.target[outside] < -0.9).float().mean() > 0.97
+        assert (batch.target_foreground * (1 - batch.target_valid)).mean() < 0.01
+        faces = crop_faces(batch.target, batch.target_face_matrix, network.size)
+        people = [key.split("-")[0] for key in batch.keys]
+        targets, sources = (
+            torch.nn.functional.normalize(network.embedding(each), dim=1)
+            for each in (faces, batch.source_faces[:, 0])
+        )
+        cosines = targets @ sources.T
+        for row, column in itertools.product(range(len(batch)), repeat=2):
+            if row == column:
+                same.append(float(cosines[row, column]))
+            elif people[row] != people[column]:
+                other.append(float(cosines[row, column]))
+    assert np.median(same) > 0.6
+    assert min(same) > max(0.3, float(np.quantile(other, 0.95)))
+    assert np.median(other) < 0.2
+
+
+def test_an_aligner_learns_heads_from_it(dataset: Path, tmp_path: Path) -> None:
+    """Three hundred steps of a small Aligner on real people: the reconstruction loss falls by more than half, and the preview in
+    MLflow has a head where the target's is."""
+    import cv2
+    from mlflow import MlflowClient
+
+    code, text = run_job(
+        "train_aligner", "smoke", f"--dataset={dataset}", f"--output={tmp_path / 'out'}",
+        "--training.samples=600", "--training.log-every=10",
+        "--training.evaluate-every=300", "--training.checkpoint-every=300",
+        "--learner.network.identity=mobilefacenet", "--samples.identity=mobilefacenet",
+        "--learner.lr=1e-3", "--learner.discriminator-lr=1e-3", "--learner.ema-decay=0.98",
+        folder=tmp_path,
+        extra={"HEADRAY_WEIGHTS": str(SHARED / "weights"), **ONE_THREAD},
+    )  # fmt: skip
+    assert code == 0, text
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("headray-aligner")
+    (run,) = client.search_runs([experiment.experiment_id])
+    losses = [m.value for m in client.get_metric_history(run.info.run_id, "loss/l1")]
+    assert len(losses) == 60
+    assert np.mean(losses[-10:]) < 0.5 * losses[0]
+    previews = [item.path for item in client.list_artifacts(run.info.run_id, "images")]
+    (last,) = [
+        path for path in previews if "step" in path and "600" in path and path.endswith("png")
+    ]
+    grid = cv2.imread(client.download_artifacts(run.info.run_id, last, str(tmp_path)))
+    assert grid is not None
+    pictures = grid[-(grid.shape[0] // 64) * 64 :]
+    target, generated = (pictures[:, 64 * i : 64 * (i + 1)].mean(axis=2) for i in (1, 2))
+    assert np.corrcoef(target.ravel(), generated.ravel())[0, 1] > 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -49,21 +50,64 @@ def arguments(corpus: Path, url: str, output: Path) -> list[str]:
         f"--output={output}",
         f"--download.url-template={url}/{{video}}.mp4",
         "--max-attempts=1",
+        "--identities.min-twin-cosine=1",  # all its people are one portrait
         "--crops.min-frames=5",
         "--tracks.min-frames=5",
     ]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    corpus: Path, url: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, str], float]:
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the run that nobody touches."""
+    return tmp_path_factory.mktemp("undisturbed")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, url: str, calm: Path) -> tuple[dict[str, str], float]:
     """Fingerprint of the dataset of a run that nobody touched, and its duration in seconds."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+    folder = calm
     started = time.monotonic()
     code, text = run_job("preprocess", *arguments(corpus, url, folder / "out"), folder=folder)
     assert code == 0, text
     return fingerprint(folder / "out"), time.monotonic() - started
+
+
+def test_mlflow_has_the_lineage_and_the_series_of_the_run(
+    undisturbed: tuple[dict[str, str], float], calm: Path
+) -> None:
+    """Read back with MLflow's client: no series falls, and each ends with what the summary says."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{calm}/mlflow.db")
+    experiment = client.get_experiment_by_name("headray-preprocess")
+    (run,) = client.search_runs([experiment.experiment_id])
+    manifest = json.loads((calm / "out" / "dataset.json").read_text())
+    counts = manifest["counts"]
+    datasets = {item.tags[0].value: item.dataset for item in run.inputs.dataset_inputs}
+    assert datasets["list"].digest == manifest["list_sha256"][:36]
+    assert datasets["published"].digest == f"v1-{undisturbed[0]['dataset.json'][:12]}"
+    told = run.data.metrics
+    histories = {
+        name: [point.value for point in client.get_metric_history(run.info.run_id, name)]
+        for name in told
+        if name.startswith(("progress/", "stage/"))
+    }
+    for name, values in histories.items():
+        assert values == sorted(values), name
+    assert told["progress/videos"] == counts["videos"]["listed"] == len(CLIPS)
+    assert told["progress/frames"] == counts["frames"]["published"]
+    assert told["progress/failed"] == counts["videos"]["failed"] == told["result/videos/failed"]
+    assert told["stage/download/rejected"] == 1
+    assert told["stage/annotate/videos"] == counts["videos"]["published"]
+    assert told["stage/annotate/frames"] == counts["frames"]["published"]
+    assert told["stage/tracks/frames"] >= told["stage/quality/frames"]
+    for name in ("download", "tracks", "crops", "identities", "quality", "annotate"):
+        seconds = told[f"result/stage_seconds/{name}"]
+        assert told[f"stage/{name}/seconds"] == pytest.approx(seconds, abs=0.01)
+    assert (run.info.run_name, run.info.status) == (f"{calm.name}/out", "FINISHED")
+    assert "report/index.html" in run.data.tags["mlflow.note.content"]
+    (page,) = client.list_artifacts(run.info.run_id, "report")
+    assert page.file_size == (calm / "out" / "report" / "index.html").stat().st_size
 
 
 def victims(driver: psutil.Process, who: str) -> list[psutil.Process]:

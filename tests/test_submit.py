@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,10 +19,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs import demo
+from pipelines import checkpoints
 from tests.material import REPOSITORY
+from tests.pipelines.test_training import assert_same
 from tests.runs import ledger, manifest, outcome
 
 pytestmark = pytest.mark.slow
@@ -38,6 +42,8 @@ class Head:
     """Of its Jobs API, ``http://127.0.0.1:PORT``."""
     environment: dict[str, str]
     """What a client needs: address and token."""
+    pid: int
+    """Of the process whose descendants are the cluster."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -77,7 +83,7 @@ def head() -> Iterator[Head]:
     address = f"http://127.0.0.1:{dashboard}"
     try:
         wait_for_jobs_api(address, environment["RAY_AUTH_TOKEN"], log)
-        yield Head(address, environment | {"RAY_API_SERVER_ADDRESS": address})
+        yield Head(address, environment | {"RAY_API_SERVER_ADDRESS": address}, process.pid)
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
@@ -101,11 +107,13 @@ def wait_for_jobs_api(address: str, token: str, log: Path) -> None:
     raise AssertionError(log.read_text())
 
 
-def submit(head: Head, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def submit(
+    head: Head, name: str, *arguments: str, job: str = "preprocess"
+) -> subprocess.CompletedProcess[str]:
     """The README's command, followed to its end."""
     command = [
         RAY, "job", "submit", "--working-dir", ".", "--submission-id", name, "--",
-        "python", "jobs/preprocess.py", *arguments,
+        "python", f"jobs/{job}.py", *arguments,
     ]  # fmt: skip
     return subprocess.run(
         command, cwd=REPOSITORY, env=head.environment, capture_output=True, text=True, timeout=280
@@ -150,6 +158,38 @@ def test_failing_job_keeps_its_own_exit_code(head: Head, tmp_path: Path) -> None
     assert done.returncode != 0
     assert driver_exit_code(head, "empty") == 2
     assert "error:" in done.stdout + done.stderr
+
+
+def kill_worker_after(head: Head, output: Path, killed: threading.Event) -> None:
+    """``kill -9`` of the process that trains into ``output`` once it has written a checkpoint."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if checkpoints.newest(str(output)):
+            for process in psutil.Process(head.pid).children(recursive=True):
+                title = " ".join(process.cmdline())
+                if title.startswith("ray::") and "TrainWorker" in title:
+                    process.kill()
+                    killed.set()
+            return
+        time.sleep(0.05)
+
+
+def test_training_whose_worker_is_killed_ends_as_one_that_was_left_alone(
+    head: Head, people: Path, smoke_training: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Submitted and killed, on a Ray worker, against undisturbed in the job's own process: bit for bit."""
+    killed = threading.Event()
+    killer = threading.Thread(target=kill_worker_after, args=(head, tmp_path / "out", killed))
+    killer.start()
+    done = submit(
+        head, "training", "smoke", f"--dataset={people}", f"--output={tmp_path / 'out'}",
+        "--training.checkpoint-every=10", "--cluster.cpus-per-worker=1", job="train_aligner",
+    )  # fmt: skip
+    killer.join()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert killed.is_set()
+    assert_same(smoke_training[0] / "out", tmp_path / "out")
+    assert (tmp_path / "out" / "mlflow" / "mlflow.db").is_file()
 
 
 def test_without_the_token_nothing_is_accepted(head: Head) -> None:

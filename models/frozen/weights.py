@@ -41,6 +41,7 @@ class Weights:
     url: str
     """Where it is published."""
     sha256: str
+    """In full; or its first digits, where no more are known."""
     size: int
     """Bytes; for people and forecasts, the hash is what is checked."""
     licence: str
@@ -50,12 +51,14 @@ class Weights:
 
 _DLIB_MODELS = "https://github.com/davisking/dlib-models"
 _FAN = "https://www.adrianbulat.com/downloads/python-fan"
+_FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
 _RAW = "https://raw.githubusercontent.com"
 
 # The hash of 2DFAN-4 and S3FD was not computed from the files, which could not be fetched when this was written. It is
 # the one several public projects pin for these names, and begins with the ten digits that torch.hub's naming puts
 # into the file name. BiSeNet could not be fetched either: several projects pin its hash and size, for this name and for its
-# original one, 79999_iter.pth. All other hashes were computed from the files; the URLs on GitHub name the commit that holds them.
+# original one, 79999_iter.pth; likewise VGG-19, MobileNetV2 and IR-SE-50, while of ResNeXt-50's only the eight digits in its
+# name are known, which is what torch.hub itself checks. All other hashes were computed from the files; the URLs on GitHub name the commit that holds them.
 REGISTRY = {
     weights.name: weights
     for weights in (
@@ -132,7 +135,7 @@ REGISTRY = {
         Weights(
             name="bisenet",
             file="parsing_bisenet.pth",
-            url="https://github.com/xinntao/facexlib/releases/download/v0.2.0/parsing_bisenet.pth",
+            url=f"{_FACEXLIB}/v0.2.0/parsing_bisenet.pth",
             sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
             size=53289463,
             licence="MIT (zllrunning/face-parsing.PyTorch); trained on CelebAMask-HQ, not for commercial use",
@@ -144,6 +147,46 @@ REGISTRY = {
             "/model_best.pth",
             sha256="88db73a3e90fe36ac12ba7cd8704610cda55947c04ddd5a70e6ab3a54cdb06eb",
             size=1877941,
+            licence="none stated; for tests",
+        ),
+        Weights(
+            name="ir_se50",
+            file="recognition_arcface_ir_se50.pth",
+            url=f"{_FACEXLIB}/v0.1.0/recognition_arcface_ir_se50.pth",
+            sha256="a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",
+            size=175367323,
+            licence="MIT (TreB1eN/InsightFace_Pytorch); trained on MS1M (research)",
+        ),
+        Weights(
+            name="mobilenet_v2",
+            file="mobilenet_v2-b0353104.pth",
+            url="https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
+            sha256="b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
+            size=14212972,
+            licence="BSD-3-Clause (torchvision); trained on ImageNet (research)",
+        ),
+        Weights(
+            name="resnext50",
+            file="resnext50_32x4d-7cdf4587.pth",
+            url="https://download.pytorch.org/models/resnext50_32x4d-7cdf4587.pth",
+            sha256="7cdf4587",
+            size=100441675,
+            licence="BSD-3-Clause (torchvision); trained on ImageNet (research)",
+        ),
+        Weights(
+            name="vgg19",
+            file="vgg19-dcbb9e9d.pth",
+            url="https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
+            sha256="dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",
+            size=574673361,
+            licence="BSD-3-Clause (torchvision); trained on ImageNet (research)",
+        ),
+        Weights(
+            name="vgg_normalised_conv3_1",
+            file="vgg_normalised_conv3_1.pth",
+            url=f"{_RAW}/jkbehne/GOTStyleTranfer/master/models/vgg_normalised_conv3_1.pth",
+            sha256="4ffff49ad5cdc3337374b947918f35f903fcb0898b0b5eebfcbd601b99fc3929",
+            size=2223308,
             licence="none stated; for tests",
         ),
     )
@@ -202,7 +245,7 @@ def _sha256(path: Path, _size: int, _modified: int) -> str:
 def _checked(weights: Weights, path: Path) -> Path:
     status = path.stat()
     found = _sha256(path, status.st_size, status.st_mtime_ns)
-    if found != weights.sha256:
+    if not found.startswith(weights.sha256):
         raise WeightsError(
             f"weights {weights.name}: {path} has sha256 {found[:12]}… ({status.st_size} bytes), expected "
             f"{weights.sha256[:12]}… ({weights.size} bytes): delete it or replace it by {weights.url}"
@@ -231,7 +274,7 @@ def _download(weights: Weights) -> Path:
                     f"{', '.join(map(str, _folders()))} and {weights.url} could not be fetched ({error}): put the "
                     f"file ({weights.size} bytes, sha256 {weights.sha256}) into a folder and set {FOLDER_VARIABLE} to it"
                 ) from error
-            if found != weights.sha256:
+            if not found.startswith(weights.sha256):
                 raise WeightsError(
                     f"weights {weights.name}: {weights.url} sent a file with sha256 {found[:12]}…, expected "
                     f"{weights.sha256[:12]}…: it was not kept; put the right {weights.file} into a folder and set "

@@ -7,12 +7,20 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
+import torch
 
 from models.frozen import weights
 from models.frozen.chips import fit_similarity, invert, square_matrix, transform, warp
 from models.frozen.detector import BoxFit, load_detector
 from models.frozen.identity import five_points, load_embedder
-from models.frozen.landmarks import decode_heat, fan_matrix, load_landmarker
+from models.frozen.landmarks import (
+    FanConfig,
+    FanLandmarker,
+    decode_heat,
+    fan_crop,
+    fan_matrix,
+    load_landmarker,
+)
 from pipelines.geometry import FLIP_68, heser_window, iou, wider_boxes
 from tests.material import SHARED, needs_shared
 
@@ -91,8 +99,10 @@ def test_what_cannot_be_built_is_refused():
         load_detector("blaze", 40)
     with pytest.raises(ValueError, match="no landmarker called 'mesh'"):
         load_landmarker("mesh")
-    with pytest.raises(ValueError, match="no embedder called 'arcface'"):
-        load_embedder("arcface")
+    with pytest.raises(ValueError, match="no embedder called 'facenet'; known: dlib, mobilef"):
+        load_embedder("facenet")
+    with pytest.raises(ValueError, match="random_init is for arcface"):
+        load_embedder("dlib", random_init=True)
     with pytest.raises(ValueError, match="random_init is for sfd"):
         load_detector("dlib", 40, random_init=True)
     with pytest.raises(ValueError, match="random_init is for fan"):
@@ -159,18 +169,23 @@ def test_dlib_landmarks_of_the_mirror_image_are_mirrored(portrait, dlib_landmark
     assert np.abs((mirrored - points).mean(axis=0)).max() < 0.02 * eye_distance(points)
 
 
-@pytest.mark.parametrize("sigma", [0.8, 1.75, 3.0])
+@pytest.mark.parametrize("sigma", [0.8, 1.5, 3.0])
 def test_heat_maps_are_decoded_to_the_exact_peak_of_a_gaussian(sigma):
     peaks = np.random.default_rng(0).uniform(5, 59, (2, 68, 2))
     cells = np.arange(64) + 0.5
     x = np.exp(-((cells - peaks[..., :1]) ** 2) / (2 * sigma**2))
     y = np.exp(-((cells - peaks[..., 1:]) ** 2) / (2 * sigma**2))
-    heat = (y[..., :, None] * x[..., None, :]).astype(np.float32)
+    heat = torch.from_numpy((y[..., :, None] * x[..., None, :]).astype(np.float32))
     np.testing.assert_allclose(decode_heat(heat), peaks, atol=1e-3)
+    if sigma < 2:  # what FanConfig.precision says about bf16
+        noise = torch.from_numpy(np.random.default_rng(1).normal(0, 0.0075, heat.shape))
+        rough = (heat * (1 + noise)).to(torch.bfloat16)
+        apart = np.linalg.norm(decode_heat(rough).numpy() - peaks, axis=-1)
+        assert np.quantile(apart, 0.9) < 0.05
 
 
 def test_a_peak_at_the_rim_or_on_a_plateau_stays_in_its_cell():
-    heat = np.zeros((1, 2, 64, 64), dtype=np.float32)
+    heat = torch.zeros(1, 2, 64, 64)
     heat[0, 0, 10, 0] = 1
     np.testing.assert_allclose(decode_heat(heat)[0], [[0.5, 10.5], [0.5, 0.5]])
 
@@ -184,21 +199,100 @@ def test_the_square_for_fan_is_the_one_face_alignment_takes():
     np.testing.assert_allclose(corners, [centre - side / 2, centre + side / 2], atol=0.03 * side)
 
 
+def test_the_crop_for_fan_is_the_usual_one_made_faster(portrait):
+    """Against ``chips.warp``, on faces that are shrunk by up to 6 and that leave the picture, to the pixel's centre."""
+    large = cv2.resize(portrait, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
+    for image, box in [
+        (portrait, FACE),
+        (portrait, FACE - np.array([170, 70, 170, 70])),
+        (large, 4 * FACE),
+        (large, [700, 0, 1340, 640]),
+        (large, [1400, 1500, 1800, 1900]),
+    ]:
+        matrix = fan_matrix(np.array(box, float))
+        ours, usual = fan_crop(image, matrix), warp(image, matrix, (256, 256))
+        apart = np.abs(ours.astype(float) - usual)
+        assert np.mean(apart) < 0.01 * 255
+        shifted = [
+            np.abs(ours[8:-8, 8:-8].astype(float) - usual[8 + dy : 248 + dy, 8 + dx : 248 + dx])
+            for dy, dx in ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))
+        ]
+        assert np.argmin([np.mean(apart) for apart in shifted]) == 0
+    assert fan_crop(portrait, fan_matrix(np.array([900.0, 0, 950, 50]))).max() == 0
+
+
+def test_decoding_refines_what_face_alignment_decodes():
+    """Its points lie a quarter cell from the middle of the largest cell, towards the larger neighbour; ours further or less
+    far in the same direction."""
+    from face_alignment.utils import get_preds_fromhm
+
+    heat = np.random.default_rng(0).uniform(0.1, 1, (2, 68, 64, 64)).astype(np.float32)
+    theirs = get_preds_fromhm(heat)[0]
+    ours = decode_heat(torch.from_numpy(heat)).numpy()
+    inside = ((theirs > 1) & (theirs < 63)).all(axis=-1)
+    middle = np.floor(theirs[inside]) + 0.5
+    assert np.abs(ours[inside] - middle).max() <= 0.5
+    np.testing.assert_array_equal(np.sign(ours[inside] - middle), np.sign(theirs[inside] - middle))
+
+
 @pytest.fixture(scope="module")
 def fan(one_thread):  # noqa: ARG001
     return load_landmarker("fan", random_init=True)
 
 
+def faces_of_two_videos(portrait) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    other = np.ascontiguousarray(portrait[::-1])
+    return [portrait, portrait, other], [FACE[None], np.zeros((0, 4)), FACE[None] - 30]
+
+
 @pytest.mark.slow
 def test_fan_answers_for_every_face_whatever_stands_beside_it(portrait, fan):
-    other = np.ascontiguousarray(portrait[::-1])
-    boxes = [FACE[None], np.zeros((0, 4)), FACE[None] - 30]
-    found = fan.locate_many([portrait, portrait, other], boxes)
+    """Bit for bit: a face alone, among others, and after others."""
+    images, boxes = faces_of_two_videos(portrait)
+    found = fan.locate_many(images, boxes)
     assert [points.shape for points in found] == [(1, 68, 2), (0, 68, 2), (1, 68, 2)]
-    np.testing.assert_array_equal(found[2], fan.locate(other, boxes[2]))
+    np.testing.assert_array_equal(found[2], fan.locate(images[2], boxes[2]))
+    np.testing.assert_array_equal(found[0], fan.locate_many(images[::-1], boxes[::-1])[2])
     corners = transform(invert(fan_matrix(FACE)), [[0, 0], [256, 256]])
     assert (found[0][0] >= corners[0] - 1e-3).all()
     assert (found[0][0] <= corners[1] + 1e-3).all()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_neighbours_move_no_point_by_a_hundredth_of_a_pixel(portrait):
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        landmarker = FanLandmarker(FanConfig(precision=precision), random_init=True)
+        images, boxes = faces_of_two_videos(portrait)
+        found = landmarker.locate_many(images * 20, boxes * 20)
+        alone = landmarker.locate(images[2], boxes[2])
+        np.testing.assert_allclose(found[2], alone, atol=0.01)
+        np.testing.assert_allclose(found[-1], alone, atol=0.01)
+
+
+def heat_of(config: FanConfig, crops: np.ndarray) -> torch.Tensor:
+    torch.manual_seed(0)
+    landmarker = FanLandmarker(config, random_init=True)
+    with torch.inference_mode():
+        return landmarker.heat(crops).float().cpu()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_heat_maps_are_face_alignments_and_in_bf16_within_one_percent(portrait):
+    """Random weights, the real network: last-channel-first memory changes nothing, half precision what the config says."""
+    from face_alignment.models import FAN
+
+    crops = np.stack([fan_crop(portrait, fan_matrix(FACE))])
+    torch.manual_seed(0)
+    plain = FAN(4).eval()
+    with torch.inference_mode():
+        expected = plain(torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous() / 255)[-1]
+    once = heat_of(FanConfig(flip=False), crops)
+    tolerance = 2e-3 if torch.cuda.is_available() else 1e-5  # TF32
+    torch.testing.assert_close(once, expected, atol=tolerance, rtol=0)
+    half = heat_of(FanConfig(flip=False, precision="bf16"), crops)
+    assert 1e-4 < torch.linalg.norm(half - once) / torch.linalg.norm(once) < 0.01
 
 
 @pytest.mark.slow
@@ -227,6 +321,29 @@ def test_dlib_vectors_are_unit_and_ignore_the_crop(portrait, points):
     assert found[0] @ found[1] > 0.97
     np.testing.assert_array_equal(embedder.embed(crops[1:], seen[1:])[0], found[1])
     assert embedder.embed([], np.zeros((0, 68, 2))).shape == (0, embedder.dimension)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_arcface_vectors_are_unit_and_ignore_crop_and_neighbours(portrait, points):
+    """Random weights: the alignment undoes the crop, and the chip is what the network itself is shown by hand."""
+    torch.manual_seed(0)
+    embedder = load_embedder("arcface", random_init=True)
+    windows = [heser_window(points, 512), square_matrix((223, 140), 230, 0.3, 400)]
+    crops = [warp(portrait, windows[0], (512, 512)), warp(portrait, windows[1], (400, 400))]
+    seen = np.stack([transform(window, points) for window in windows])
+    crops, seen = [*crops, crops[0][:, ::-1]], np.stack([*seen, seen[0]])
+    found = embedder.embed(crops, seen)
+    assert found.shape == (3, 512)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    # a random network hardly tells faces apart, so: nearer by far than to the same face cut wrongly
+    assert 1 - found[0] @ found[1] < 0.2 * (1 - found[0] @ found[2])
+    np.testing.assert_array_equal(embedder.embed(crops[1:2], seen[1:2])[0], found[1])
+    template = [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]  # fmt: skip
+    matrix = fit_similarity(five_points(seen[0]), np.array(template) + 0.5)
+    chip = torch.from_numpy(warp(crops[0], matrix, (112, 112))).permute(2, 0, 1)[None] / 127.5 - 1
+    vector = embedder.network.embedding(chip)[0].double().numpy()
+    np.testing.assert_allclose(found[0], vector / np.linalg.norm(vector), atol=1e-4)
 
 
 def test_five_points_are_eyes_nose_and_mouth_corners(points):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from models.frozen import detector, identity, landmarks, parsing, weights
+from models.aligner import network
+from models.frozen import arcface, detector, identity, landmarks, parsing, vgg, weights
 from models.frozen.weights import REGISTRY, Weights, WeightsError, find, locate
 from tests.material import SHARED, needs_shared
 
@@ -134,14 +135,20 @@ def test_an_unknown_name_lists_the_known_ones():
 def test_every_network_loads_entries_that_exist_and_hashes_agree_with_file_names():
     named = {
         name
-        for module in (detector, landmarks, identity, parsing)
+        for module in (detector, landmarks, identity, parsing, arcface, vgg, network)
         for names in module.WEIGHTS.values()
         for name in names
     }
     assert named == set(REGISTRY)
-    for name in ("fan", "sfd"):  # torch.hub's naming: the stem ends in the first digits of the hash
+    for name in (
+        "fan",
+        "sfd",
+        "vgg19",
+    ):  # torch.hub's naming: the stem ends in the first digits of the hash
         stem = REGISTRY[name].file.split(".")[0]
         assert REGISTRY[name].sha256.startswith(stem.rsplit("-", 1)[1])
+    whole = [entry.name for entry in REGISTRY.values() if len(entry.sha256) == 64]
+    assert set(REGISTRY) - set(whole) == {"resnext50"}
 
 
 @needs_shared
@@ -151,7 +158,8 @@ def test_the_shared_files_are_the_registered_ones(monkeypatch):
     with (SHARED / "weights" / "manifest.csv").open(newline="") as file:
         shared = {row["file"]: row for row in csv.DictReader(file)}
     here = [entry for entry in REGISTRY.values() if entry.file in shared]
-    assert {entry.name for entry in here} == {"yunet", "retinaface", "mobilefacenet", "unet19"}
+    names = {"yunet", "retinaface", "mobilefacenet", "unet19", "vgg_normalised_conv3_1"}
+    assert {entry.name for entry in here} == names
     for entry in here:
         assert find(entry.name) == SHARED / "weights" / entry.file
         assert shared[entry.file]["sha256"] == entry.sha256

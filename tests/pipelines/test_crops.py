@@ -10,7 +10,7 @@ import skimage.data
 
 from models.frozen.detector import load_detector
 from models.frozen.landmarks import load_landmarker
-from pipelines import crops
+from pipelines import crops, snapshots
 from pipelines.crops import SCORE_COLUMNS, CropsConfig, LandmarkGate
 from pipelines.geometry import box_sizes, invert, transform, warp, wider_boxes, window_side
 from pipelines.schema import Cause, Track, Video, from_row, npy_array, to_row
@@ -184,7 +184,12 @@ def test_a_track_becomes_members_that_agree_with_its_frames(astronaut, cut):
     assert [name for name, _ in members] == [
         *(f"{key}.{name}" for name in arrays),
         *(f"{key}.{i:06d}.jpg" for i in range(FRAMES)),
+        snapshots.only(key),
     ]
+    shrunk = cv2.resize(
+        picture(members[3 + FRAMES // 2][1]), (160, 160), interpolation=cv2.INTER_AREA
+    )
+    assert np.abs(picture(members[-1][1]).astype(int) - shrunk).mean() < 4
     landmarks, matrices, scores = (npy_array(data) for _, data in members[:3])
     assert [a.dtype for a in (landmarks, matrices, scores)] == [np.dtype(np.float32)] * 3
     assert [a.shape for a in (landmarks, matrices, scores)] == [
@@ -263,7 +268,8 @@ def test_a_track_that_fails_a_gate_says_which(astronaut, cut, options, cause, de
     (track,) = done.tracks
     assert (track.state, track.cause) == ("rejected", cause.value)
     assert detail in track.detail
-    assert members == []
+    shown = [] if "12 with implausible" in detail else [snapshots.only("eileen-portrait-000")]
+    assert [name for name, _ in members] == shown
     assert (done.state, done.cause) == ("rejected", cause.value)
     assert track.detail in done.detail
 
@@ -281,6 +287,8 @@ def test_frames_without_believable_landmarks_are_dropped_and_counted(astronaut, 
     class Spoiled:
         """The real landmarker, mistaken about one frame."""
 
+        images_at_once = landmarker.images_at_once
+
         def locate_many(self, images, given):
             found = landmarker.locate_many(images, given)
             return [
@@ -295,6 +303,55 @@ def test_frames_without_believable_landmarks_are_dropped_and_counted(astronaut, 
     assert len(track.boxes) == len(track.box_scores) == FRAMES - 1
     assert npy_array(members[0][1]).shape[0] == FRAMES - 1
     assert "eileen-portrait-000.000003.jpg" not in dict(members)
+
+
+def test_smoothing_takes_the_tremble_out_of_landmarks_and_windows(astronaut, cut):
+    """Boxes that step about shake a landmarker's points; the same frames come out, calmer."""
+    video, _ = astronaut
+    draw = np.random.default_rng(0)
+    boxes = [
+        tuple(np.array(box) + np.tile(draw.normal(0, 8, 2), 2)) for box in video.tracks[0].boxes
+    ]
+    shaken = _with_boxes(video, boxes)
+    (plain, before), (calm, after) = cut(shaken), cut(shaken, smooth=True)
+    assert [name for name, _ in after] == [name for name, _ in before]
+    scores, calm_scores = plain.tracks[0].scores, calm.tracks[0].scores
+    assert scores["jitter"] == calm_scores["jitter_raw"]
+    assert calm_scores["jitter"] < scores["jitter"] / 3
+    assert calm.tracks[0].boxes == plain.tracks[0].boxes  # the detected ones
+    paths = {}
+    for name, members in (("plain", before), ("calm", after)):
+        content = dict(members)
+        matrices = npy_array(content["eileen-portrait-000.matrix.npy"]).astype(float)
+        points = npy_array(content["eileen-portrait-000.landmarks.npy"])
+        paths[name] = matrices, points
+        # stored in window pixels: the eye line is level there
+        eyes = points[:, 36:42].mean(axis=1), points[:, 42:48].mean(axis=1)
+        assert np.abs((eyes[0] - eyes[1])[:, 1]).max() < 5
+    middles = {
+        name: np.array([transform(invert(m), (256, 256)) for m in matrices])
+        for name, (matrices, _) in paths.items()
+    }
+    bends = {name: np.abs(np.diff(middle, n=2, axis=0)).mean() for name, middle in middles.items()}
+    assert bends["calm"] < 0.7 * bends["plain"]  # the head itself bends, too
+    assert cut(shaken, smooth=True)[1] == after
+
+
+def test_smoothing_leaves_alone_what_has_no_neighbours(astronaut, cut):
+    """A gap is respected: the frames on its two sides are smoothed as if the others did not exist."""
+    video, _ = astronaut
+    (track,) = video.tracks
+    chosen = [0, 1, 2, 3, 4, 6, 7, 8, 9, 11]
+    thin = {
+        name: tuple(getattr(track, name)[i] for i in chosen)
+        for name in ("times", "indices", "boxes", "box_scores")
+    }
+    done, members = cut(
+        replace(video, tracks=(replace(track, **thin),)), smooth=True, crop_rule="fomm"
+    )
+    assert done.tracks[0].indices == tuple(chosen)
+    assert done.tracks[0].scores["jitter"] < done.tracks[0].scores["jitter_raw"]
+    assert npy_array(dict(members)["eileen-portrait-000.landmarks.npy"]).shape == (10, 68, 2)
 
 
 def test_tracks_are_judged_one_by_one_and_share_frames(astronaut, cut):
@@ -316,7 +373,11 @@ def test_tracks_are_judged_one_by_one_and_share_frames(astronaut, cut):
         "track: short",
     ]
     assert done.live
-    assert {name.split(".")[0] for name, _ in members} == {"eileen-portrait-000"}
+    assert {name.split(".")[0] for name, _ in members if not snapshots.is_snapshot(name)} == {
+        "eileen-portrait-000"
+    }
+    shown = [name for name, _ in members if snapshots.is_snapshot(name)]
+    assert shown == [snapshots.only(f"eileen-portrait-{name}") for name in ("001", "000")]
 
 
 def test_a_file_that_is_gone_or_broken_ends_the_video(astronaut, cut, tmp_path):
@@ -338,7 +399,8 @@ def test_the_actor_does_what_cut_does(astronaut, cut):
     cropper.decoder.close()
     expected, expected_members = cut(video)
     assert done.seconds["crops"] > 0
-    assert replace(done, seconds={}) == expected
+    assert done.stage_frames == {"crops": FRAMES}
+    assert replace(done, seconds={}, stage_frames={}) == expected
     assert members == expected_members
     finished = to_row(replace(video, state="rejected", cause="track: none kept"))
     assert cropper(finished) == finished
@@ -417,4 +479,4 @@ def test_the_first_shot_of_a_cut_clip_is_kept(landmarker):
         done, members = crops.cut(tracked("shotcut", 3, 66, 10), decoder, landmarker, CropsConfig())
     assert done.live
     assert done.tracks[0].scores["inside"] > 0.7
-    assert len(members) == 3 + 10
+    assert len(members) == 3 + 10 + 1  # the snapshot

@@ -18,10 +18,13 @@ from pipelines.identities import (
     STRICTNESS,
     Candidate,
     IdentitiesConfig,
+    Twins,
     agreeing,
     decide,
     embed,
+    find_twins,
     hash_share,
+    mean,
     split_identities,
 )
 from pipelines.schema import (
@@ -38,6 +41,8 @@ from tests.material import SHARED, needs_shared
 
 DLIB = IdentitiesConfig()
 ARCFACE = IdentitiesConfig(embedder="mobilefacenet")
+NO_TWINS = replace(ARCFACE, min_twin_cosine=1.0)
+"""For tests where everybody has one face, because it is about something else."""
 
 
 def unit(vectors):
@@ -331,7 +336,7 @@ def test_hash_split_is_stable_and_has_the_share_asked_for():
 
 def test_official_splits_are_kept():
     candidates = [candidate(f"id{i}", f"v{i}", ONE, split=s) for i, s in enumerate(STRICTNESS)]
-    decisions = decide(candidates, replace(ARCFACE, test_share=0.0))
+    decisions = decide(candidates, replace(NO_TWINS, test_share=0.0))
     assert [decisions[c.key].split for c in candidates] == ["train", "train", "val", "test"]
 
 
@@ -344,7 +349,7 @@ def test_one_video_under_two_names_stays_on_the_side_that_is_tested():
         candidate("carl", "copy", ONE, split="val", sources=("u", "sha")),
         candidate("dora", "original", ONE, split="train", sources=("w", "sha")),
     ]
-    decisions = decide(candidates, ARCFACE)
+    decisions = decide(candidates, NO_TWINS)
     assert causes(decisions) == {
         "bert-shared-000": Cause.IDENTITY_SPLIT_LEAK,
         "dora-original-000": Cause.IDENTITY_SPLIT_LEAK,
@@ -360,7 +365,7 @@ def test_one_person_listed_on_two_sides_stays_on_the_side_that_is_tested():
         candidate("anna", "c", ONE),
         candidate("bert", "b", ONE, split="train"),
     ]
-    decisions = decide(candidates, ARCFACE)
+    decisions = decide(candidates, NO_TWINS)
     assert causes(decisions) == {"anna-b-000": Cause.IDENTITY_SPLIT_LEAK}
     assert decisions["anna-c-000"].split == "test"
     assert decisions["bert-b-000"].split == "train"
@@ -370,12 +375,52 @@ def test_without_official_splits_people_who_share_videos_go_together():
     names = [f"id{number:03d}" for number in range(200)]
     rows = [candidate(name, f"v{number // 2}", ONE) for number, name in enumerate(names)]
     rows += [candidate(name, f"w{number // 4}", ONE) for number, name in enumerate(names)]
-    decisions = decide(rows, replace(ARCFACE, test_share=0.3))
+    decisions = decide(rows, replace(NO_TWINS, test_share=0.3))
     assert not causes(decisions)
     sides = [decisions[row.key].split for row in rows]
     assert set(sides) == {"train", "test"}
     for first in range(0, 200, 4):
         assert len(set(sides[first : first + 4])) == 1
+
+
+def test_one_person_under_two_names_goes_to_one_side():
+    anna, bert = np.eye(128)[:2]
+    names = [f"id{number:03d}" for number in range(100)]
+    people = unit(np.random.default_rng(3).normal(size=(50, 128)))
+    rows = [candidate(name, f"v{name}", people[i // 2]) for i, name in enumerate(names)]
+    decisions = decide(rows, replace(ARCFACE, test_share=0.3))
+    assert not causes(decisions)
+    sides = [decisions[row.key].split for row in rows]
+    assert sides[::2] == sides[1::2]
+    assert set(sides) == {"train", "test"}
+
+    listed = [
+        candidate("anna", "a", anna, split="train"),
+        candidate("anya", "b", unit(anna + 0.2 * bert), split="test"),
+        candidate("bert", "c", bert, split="train"),
+    ]
+    means = {item.identity: mean([item]) for item in listed}
+    assert find_twins(means, 0.72) == [Twins(one="anna", other="anya", cosine=0.980581)]
+    decisions = decide(listed, ARCFACE)
+    assert causes(decisions) == {"anna-a-000": Cause.IDENTITY_SPLIT_LEAK}
+    assert decisions["anna-a-000"].detail == "looks like anya of test, cosine 0.981"
+
+
+def test_twins_do_not_depend_on_how_many_are_compared_at_once(monkeypatch):
+    people = unit(np.random.default_rng(5).normal(size=(30, 128)))
+    means = {f"id{i:02d}": people[i % 17] for i in range(30)}
+    found = find_twins(means, 0.9)
+    assert {(pair.one, pair.other) for pair in found} == {
+        (f"id{i:02d}", f"id{i + 17:02d}") for i in range(13)
+    }
+    monkeypatch.setattr("pipelines.identities.IDENTITIES_AT_ONCE", 7)
+    assert find_twins(means, 0.9) == found
+
+
+def test_the_mean_of_an_identity_counts_frames():
+    one, other = np.eye(128)[:2]
+    tracks = [candidate("anna", "a", one, frames=30), candidate("anna", "b", other, frames=10)]
+    np.testing.assert_allclose(mean(tracks), unit(3 * one + other), atol=1e-12)
 
 
 rows_of_a_list = st.lists(
@@ -391,17 +436,19 @@ rows_of_a_list = st.lists(
 @settings(max_examples=150, deadline=None)
 def test_nobody_and_nothing_is_ever_on_two_sides(rows, share, minimum):
     candidates = [
-        candidate(f"id{i}", f"v{v}", ONE, split=split, sources=(f"url{v}", f"sha{s}"))
+        candidate(
+            f"id{i}", f"v{v}", np.eye(128)[i // 2], split=split, sources=(f"url{v}", f"sha{s}")
+        )
         for i, v, s, split in rows
     ]
     config = replace(ARCFACE, test_share=share, min_identity_videos=minimum)
     decisions = decide(candidates, config)
     assert set(decisions) == {item.key for item in candidates}
     stays = [item for item in candidates if not decisions[item.key].cause]
-    for name in ("identity", "video", "sources"):
+    for name in ("identity", "video", "sources", "embedding"):
         sides = {}
         for item in stays:
-            values = getattr(item, name)
+            values = item.embedding.tobytes() if name == "embedding" else getattr(item, name)
             for value in values if name == "sources" else [values]:
                 side = decisions[item.key].split
                 assert side in ("train", "val", "test")
@@ -423,6 +470,7 @@ def test_nothing_gives_nothing():
     [
         {"min_majority": 0.5},
         {"test_share": 1.0},
+        {"min_twin_cosine": 1.1},
         {"min_frame_cosine": 1.5},
         {"min_track_frames": 0},
     ],

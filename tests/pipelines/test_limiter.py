@@ -70,6 +70,27 @@ def test_one_block_after_another() -> None:
     assert one.ask(293, FAST) == 60, "as short as the first"
 
 
+def test_pauses_tell_who_waits_how_long_and_what_is_under_way() -> None:
+    limiter = Limiter()
+    turns = [limiter.ask("a", "site", now, FAST) for now in (0, 1, 2)]
+    limiter.ask("b", "site", 2, FAST)
+    assert limiter.pauses(2, FAST) == []
+    assert limiter.state("a", "site", 2, FAST) == (0, 3)
+    limiter.report("a", "site", 3, turns[0], "blocked", "download: bot check", FAST)
+    (pause,) = limiter.pauses(10, FAST)
+    assert (pause.address, pause.site, pause.cause) == ("a", "site", "download: bot check")
+    assert (pause.seconds, pause.blocks, pause.under_way) == (53, 1, 2)
+    assert limiter.state("a", "site", 10, FAST) == (53, 2)
+    limiter.report("a", "site", 11, turns[1], "passed", "", FAST)
+    probe = limiter.ask("a", "site", 63, FAST)
+    (pause,) = limiter.pauses(64, FAST)
+    assert (pause.seconds, pause.under_way) == (0, 2), "the probe, and one that has not come back"
+    (pause,) = limiter.pauses(110, FAST)
+    assert pause.under_way == 1, "whose actor died: it must have ended by now"
+    limiter.report("a", "site", 111, probe, "passed", "", FAST)
+    assert limiter.pauses(112, FAST) == []
+
+
 def test_a_probe_begins_a_gap_like_any_fetch() -> None:
     one = gate()
     one.ask(0, PACED)

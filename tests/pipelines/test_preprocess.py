@@ -11,11 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.frozen.landmarks import FanConfig
 from pipelines import identities, preprocess, quality, shards, storage
+from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig
 from pipelines.identities import IdentitiesConfig
-from pipelines.preprocess import ConfigError, PreprocessConfig, Progress
+from pipelines.output import ConfigError
+from pipelines.preprocess import PreprocessConfig
+from pipelines.progress import Progress
 from pipelines.schema import Cause, Track, Video, reject
+from pipelines.tracks import TracksConfig
 from tests.datasets import make_dataset, some_videos
 
 
@@ -38,6 +43,14 @@ def dataset(tmp_path: Path) -> str:
 
 def config_of(output: str, **fields: Any) -> PreprocessConfig:
     return PreprocessConfig(input="list.csv", output=output, **fields)
+
+
+def test_options_that_would_do_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="smooth needs every frame"):
+        config_of("out", crops=CropsConfig(smooth=True))
+    config_of("out", crops=CropsConfig(smooth=True), tracks=TracksConfig(frames_per_second=0))
+    with pytest.raises(ValueError, match="fan is set, but the landmarker is dlib"):
+        CropsConfig(fan=FanConfig(flip=False))
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])
@@ -100,6 +113,21 @@ def test_killed_while_the_work_folder_goes_nothing_is_done_again(
     assert not Path(work).exists()
 
 
+def test_videos_are_gathered_by_identity_in_whatever_order_the_list_has_them(
+    tmp_path: Path,
+) -> None:
+    """``a-b`` with ``c`` comes between two videos of ``a`` when keys are sorted, and a table has any order."""
+    output = str(tmp_path)
+    names = [("b", "x"), ("a", "z"), ("a-b", "c"), ("a", "a")]
+    videos = [Video(identity=identity, video=video) for identity, video in names]
+    for video in videos:
+        shards.commit(reject(video, Cause.DOWNLOAD_NOT_FOUND, ""), [], output, {})
+    keys, _, _ = preprocess.process(config_of(output), videos, quiet())
+    assert keys == ["a-a", "a-z", "a-b-c", "b-x"]
+    samples, _, _ = preprocess.gather(shards.load_commits(output, keys), config_of(output))
+    assert samples.table.num_rows == 0
+
+
 def test_failed_video_is_tried_until_its_attempts_are_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +139,9 @@ def test_failed_video_is_tried_until_its_attempts_are_used(
 
     class Plan:
         def iter_rows(self) -> list[dict[str, Any]]:
-            row = {"state": "failed", "cause": "", "frames": 0, "seconds": json.dumps({})}
+            row = {"state": "failed", "cause": "", "frames": 0} | dict.fromkeys(
+                ("seconds", "stage_frames"), json.dumps({})
+            )
             return [row for _ in tried]
 
     def build(videos: list[Video], _: PreprocessConfig) -> Plan:
@@ -142,7 +172,7 @@ def made_commit(random: np.random.Generator, identity: str, number: int) -> shar
                 times=(0.0, 0.2),
                 scores={"window_side": float(random.integers(400, 500))},
                 embedding=tuple((vector / np.linalg.norm(vector)).tolist()),
-                hashes=tuple((0.2 * i, 0.5, 0.4, clip.bytes(32).hex()) for i in range(10)),
+                hashes=tuple((0.2 * i, 0.5, 0.4, clip.bytes(32).hex()) for i in range(14)),
             )
         )
     video = Video(
@@ -179,8 +209,9 @@ def test_decided_in_a_stream_is_what_is_decided_of_all_at_once(seed: int) -> Non
     }
     listed = {track.key: track.split for track in everyone}
     expected |= {key: (listed[key], cause.value, detail) for key, (cause, detail) in copies.items()}
-    samples, gone = preprocess.gather(commits, config)
-    splits, gone = identities.settle(samples, gone, config.identities)
+    samples, gone, means = preprocess.gather(commits, config)
+    twins = identities.find_twins(means, config.identities.twin_threshold)
+    splits, gone = identities.settle(samples, gone, twins, config.identities)
     found = {}
     for commit in commits:
         found |= preprocess.decisions(commit, splits, gone)

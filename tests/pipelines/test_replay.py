@@ -11,7 +11,8 @@ import pytest
 
 from jobs import demo
 from pipelines import replay
-from pipelines.preprocess import ConfigError, PreprocessConfig
+from pipelines.output import ConfigError
+from pipelines.preprocess import PreprocessConfig
 from pipelines.schema import Cause, from_row, reject, reject_track, to_row
 from tests.datasets import made_video
 from tests.runs import run_job

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipelines import report, shards
+from pipelines import gallery, report, shards
 from pipelines.preprocess import Tally
-from pipelines.schema import Cause, Video, reject, reject_track
+from pipelines.schema import Cause, reject, reject_track
 from tests import datasets
 from tests.datasets import face_jpeg, face_points, made_video, make_dataset
 
-VOID = {"meta", "img", "rect", "path", "br"}
+VOID = {"meta", "img", "image", "rect", "path", "br"}
 OPTIONAL_END = {"li", "tr", "td", "th", "tbody", "thead"}
 
 
@@ -96,7 +96,8 @@ def pictures(page: Element, labelled: bool = False) -> list[NDArray[np.uint8]]:
     """The frames with their landmarks, or those with their labels."""
     sources = [
         element.attributes["src"]
-        for element in page.find("img")
+        for strip in page.find("div", class_="strip")
+        for element in strip.find("img")
         if element.attributes["alt"].startswith("labels of") is labelled
     ]
     assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
@@ -181,7 +182,7 @@ def test_when_nothing_is_published_the_page_says_why(tmp_path: Path) -> None:
     assert f"1 × {Cause.DOWNLOAD_PRIVATE}" in why.text
     assert numbers_of(page, "causes-tracks") == manifest["counts"]["causes"]["tracks"]
     assert page.find("svg")  # how far the rejected track was from its gate
-    assert not page.find("img")
+    assert not page.find("div", class_="strip")
 
 
 def test_an_empty_ledger_gives_a_page(tmp_path: Path) -> None:
@@ -226,14 +227,14 @@ def test_texts_of_lists_and_tools_stay_texts(tmp_path: Path, text: str) -> None:
     )
     tame = read_page(output)
     calm = str(tmp_path / "calm")
-    make_dataset(calm, [made_video("id01", "v0"), (reject(bad, Cause.DOWNLOAD_OTHER, "x"), [])])
+    make_dataset(calm, [made_video("id01", "v0"), (replace(bad, video="v2"), [])])
     assert {element.tag for element in tame.walk()} == {
         element.tag for element in read_page(calm).walk()
     }
     assert not any(name.startswith("on") for e in tame.walk() for name in e.attributes)
     assert " ".join(text.split()) in tame.text
     manifest["config"] = manifest["config"] | {"download.url_template": text}
-    report._write_page(output, manifest, shards.read_ledger(output), [])
+    report.write(output, manifest)
     assert not read_page(output).find("script")
 
 
@@ -408,7 +409,11 @@ def test_the_page_does_not_grow_with_the_list(tmp_path: Path) -> None:
     assert splits == {"train", "val", "test"}
     page = read_page(str(tmp_path / "large"))
     rejected = sum(row["kind"] == "track" and row["state"] != "published" for row in ledger)
-    assert f"{report.MAX_ROWS} of {rejected:,}, from all over the list" in page.text
+    assert rejected > 1000
+    (small,) = page.find("div", id="rejected-crop--small-window")
+    assert small.find("span", class_="small")[0].text.startswith(f"{gallery.PER_CAUSE} of ")
+    assert len(small.find("figure")) == gallery.PER_CAUSE
+    assert len(page.find("div", class_="timeline")) == gallery.DOUBTFUL + gallery.OTHERS
 
 
 def test_identities_that_are_not_shown_are_counted(tmp_path: Path) -> None:
@@ -444,54 +449,63 @@ values = st.lists(st.floats(0, 5000), max_size=40).map(np.array)
 
 
 @settings(deadline=None)
-@given(published=values, others=values, threshold=st.just(0.0) | st.floats(0.01, 1000))
+@given(
+    published=values,
+    others=values,
+    threshold=st.just(0.0) | st.floats(0.01, 1000),
+    axis=st.sampled_from(["plain", "angle", "decades"]),
+)
 def test_a_histogram_holds_every_value(
-    published: NDArray[np.float64], others: NDArray[np.float64], threshold: float
+    published: NDArray[np.float64], others: NDArray[np.float64], threshold: float, axis: Any
 ) -> None:
     if not published.size + others.size:
         return
-    chart = report.histogram("t", "u", published, others, threshold)
+    gate = report.Gate(score="s", title="t", unit="u", threshold="x.y", axis=axis)
+    if axis == "angle":
+        published = -published
+    chart = report.histogram(gate, published, others, threshold)
     assert sum(round(kept * chart.peak) for _, kept, _ in chart.bars) == published.size
     assert sum(round(rest * chart.peak) for _, _, rest in chart.bars) == others.size
     assert max(kept + rest for _, kept, rest in chart.bars) == pytest.approx(1)
-    assert 4 <= len(chart.ticks) <= 11
-    assert chart.ticks[0] == (0, "0")
+    assert 2 <= len(chart.ticks) <= 21
+    assert chart.ticks[0][0] == pytest.approx(0)
     assert chart.ticks[-1][0] == pytest.approx(1)
-    if chart.threshold:
-        assert 0 < chart.threshold[0] <= 1 + 1e-9
+    assert len(chart.thresholds) == (threshold > 0) * (1 + (axis == "angle"))
+    for place, _ in chart.thresholds:
+        assert -1e-9 <= place <= 1 + 1e-9
 
 
-def test_time_maps_put_the_doubtful_first(tmp_path: Path) -> None:
-    maps = [0.9, 0.2, None, 0.5]
-    made = []
-    for number, overlap in enumerate(maps):
-        shift = {"delta_seconds": 0.0, "delta_confidence": 0.5, "face_found": 1.0}
-        if overlap is not None:
-            shift["median_iou"] = overlap
-        video: Video = made_video("id01", f"v{number}", tracks=0, shift=shift)[0]
-        made.append((reject(video, Cause.TIMELINE_EDITED), []))
-    make_dataset(str(tmp_path), made)
-    told = report.time_maps(str(tmp_path))
-    assert [row["key"][-2:] for row in told["rows"]] == ["v1", "v3", "v0", "v2"]
-    assert told["total"] == 4
-
-
-def test_the_strip_of_a_time_map_shows_the_three_boxes() -> None:
-    strip = [
-        {"time": 1.0, "annotated": [100, 100, 300, 300], "detected": [150, 180, 250, 280]},
-        {"time": 2.0, "annotated": [100, 100, 300, 300], "detected": []},
-    ]
-    relation = {"right": 0.0, "down": 0.1, "width": 0.5, "height": 0.5}
-    first, second = report.overlays({"strip": strip, "relation": relation})
-    assert first.annotated == (100, 100, 200, 200)
-    assert first.expected == (150, 170, 100, 100)  # left, top, width, height
-    assert first.detected == (150, 180, 100, 100)
-    assert second.detected == ()
-    for left, top, width, height in (first.annotated, first.expected, first.detected):
-        assert first.view[0] < left
-        assert left + width < first.view[0] + first.view[2]
-        assert first.view[1] < top
-        assert top + height < first.view[1] + first.view[3]
+def test_threshold_lines_are_drawn_where_the_configuration_has_them(
+    made: tuple[str, dict[str, Any]],
+) -> None:
+    """Read back from the drawing: the line's place between two ticks is the threshold's."""
+    output, manifest = made
+    page = read_page(output)
+    charts = {
+        card.find("h3")[0].text: card
+        for card in page.find("div", class_="charts")[0].children
+        if isinstance(card, Element)
+    }
+    gates = {gate.title: gate for gate in report.GATES}
+    assert {"Window side", "Share of the window inside the frame"} <= set(charts)
+    for title, card in charts.items():
+        gate = gates[title]
+        wanted = float(manifest["config"][gate.threshold])
+        lines = [
+            float(path.attributes["d"].split()[0].removeprefix("M"))
+            for path in card.find("path", class_="threshold")
+        ]
+        labels = {
+            float(text.text): float(text.attributes["x"])
+            for text in card.find("text")
+            if text.attributes["y"] == "181"
+        }
+        (low, left), (high, right) = sorted(labels.items())[0], sorted(labels.items())[-1]
+        read = [low + (line - left) / (right - left) * (high - low) for line in lines]
+        expected = [] if not wanted else [-wanted, wanted] if gate.axis == "angle" else [wanted]
+        assert read == pytest.approx(expected, abs=(high - low) / 500)
+        if wanted:
+            assert any(f" {wanted:g}" in text.text for text in card.find("text"))
 
 
 def test_stage_seconds_are_summed_over_videos(made: tuple[str, dict[str, Any]]) -> None:

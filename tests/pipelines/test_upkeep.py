@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipelines import report, shards, storage, upkeep
-from pipelines.preprocess import ConfigError, OutputLock
+from pipelines.output import ConfigError, OutputLock
 from pipelines.schema import Cause, reject
 from tests import datasets
 from tests.datasets import Made, made_video, make_dataset
@@ -204,6 +204,14 @@ def test_the_receipt_counts_what_went(copy: str) -> None:
     assert (again.samples, again.shards, again.dataset_version) == (0, {}, 3)
     takedowns = json.loads(Path(copy, shards.TAKEDOWNS).read_text())
     assert takedowns["identities"]["id02"]["reason"] == REASON
+
+
+def test_likenesses_with_those_who_go_are_forgotten(copy: str) -> None:
+    manifest = shards.read_manifest(copy)
+    stay, go = ["id10", "id11", 0.98], ["id02", "id10", 0.97]
+    shards.write_manifest({**manifest, "twins": [go, stay]}, copy)
+    upkeep.take_down(copy, ["id02"], [], REASON)
+    assert shards.read_manifest(copy)["twins"] == [stay]
 
 
 def test_no_trace_is_left_but_the_names(copy: str) -> None:

@@ -1,0 +1,200 @@
+"""One frame becomes a training sample of the Blender: A is the frame in other colours, T the frame mirrored, truth the frame.
+
+The mirror keeps the correspondence from copying the same position, the other colours make colour transfer necessary
+(HeSer.Pytorch, GHOST 2.0). Label maps are mirrored without exchanging left and right: every pixel keeps its own meaning, so the
+true correspondence exists. All draws come from the generator that is passed in, in a fixed order and always as many: a sample
+is a function of (seed, sample index) and of nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchvision.transforms.v2 import functional as colour
+
+from models.blender.masks import check_labels, draw_noise, head_mask
+
+
+class Frame(NamedTuple):
+    """One window of a person."""
+
+    image: Tensor
+    """(3, S, S) RGB in [-1, 1], black outside the frame."""
+    labels: Tensor
+    """(1, S, S) uint8, 0..18."""
+    valid: Tensor
+    """(1, S, S) 1 inside the frame, 0 in the black border."""
+
+
+class Pair(NamedTuple):
+    """One sample; the fields are those of ``BlenderBatch`` without the batch dimension."""
+
+    animated: Tensor
+    animated_labels: Tensor
+    target: Tensor
+    target_labels: Tensor
+    target_valid: Tensor
+    truth: Tensor
+    truth_valid: Tensor
+    noise: Tensor
+    other: Tensor
+    other_labels: Tensor
+    other_valid: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    """How far a sample is taken from its frame. ``p_`` are probabilities."""
+
+    brightness: float = 0.4
+    """Factor drawn from 1 ± this. HeSer.Pytorch 0.5, GHOST 2.0 0.2; between."""
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    """Shift drawn from ± this, in turns of the colour circle."""
+    p_mirror: float = 0.7
+    """T is mirrored. HeSer.Pytorch."""
+    p_other_frame: float = 0.3
+    """T is another frame of the clip."""
+    p_same_identity: float = 0.5
+    """T' is another frame of the same person; else another person. The test condition is the latter."""
+    p_noise: float = 0.5
+    """The painted region is enlarged by random shapes at the outlines. GHOST 2.0."""
+    p_reenacted: float = 0.25
+    """The head of A is the Aligner's re-enactment of the frame, where the caller has one: at test time every A is."""
+    p_background: float = 0.5
+    """What is not head in A is another picture's, so that the ring cannot be matched by it. HeadSwap (impl2)."""
+    p_affine: float = 0.3
+    """Frame and A are turned and sheared against T. GHOST 2.0."""
+    degrees: float = 15.0
+    """Most they are turned, and sheared."""
+
+    def __post_init__(self) -> None:
+        for name in ("mirror", "other_frame", "same_identity", "noise", "reenacted", "background", "affine"):  # fmt: skip
+            if not 0 <= getattr(self, f"p_{name}") <= 1:
+                raise ValueError(
+                    f"p_{name} is a probability between 0 and 1, got {getattr(self, f'p_{name}')}"
+                )
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"hue must be between 0 and 0.5 turns, got {self.hue}")
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.degrees < 45:
+            raise ValueError(f"degrees must be at least 0 and below 45, got {self.degrees}")
+
+
+def make_pair(
+    frame: Frame,
+    same: Frame,
+    stranger: Frame,
+    generator: torch.Generator,
+    config: PairConfig,
+    *,
+    reenacted: Tensor | None = None,
+) -> Pair:
+    """A training sample from one frame.
+
+    Args:
+        frame: the truth.
+        same: another frame of the same clip; may be ``frame`` where there is none.
+        stranger: a frame of another person.
+        generator: source of every draw.
+        config: probabilities and strengths.
+        reenacted: (3, S, S) in [-1, 1], the Aligner's picture of ``frame`` driven by itself, if there is one.
+
+    Raises:
+        ValueError: a frame is not of the form that :class:`Frame` names.
+    """
+    for one in (frame, same, stranger):
+        check_frame(one)
+    coins = torch.rand(7, generator=generator)
+    strengths = 2 * torch.rand(6, generator=generator) - 1  # in [-1, 1)
+    p = (
+        config.p_mirror, config.p_other_frame, config.p_same_identity, config.p_noise,
+        config.p_reenacted, config.p_background, config.p_affine,
+    )  # fmt: skip
+    mirrored, other_frame, same_identity, noisy, reenact, replaced, turned = (
+        coins < torch.tensor(p)
+    ).tolist()
+    target = same if other_frame else frame
+    if mirrored:
+        target = mirror(target)
+    image = frame.image
+    if reenact and reenacted is not None:
+        image = torch.lerp(image, reenacted, head_mask(frame.labels))
+    truth, labels, valid = frame.image, frame.labels, frame.valid
+    if turned:
+        turn, shear = (strengths[4:] * config.degrees).tolist()
+        image, truth = (rotate(x, turn, shear) for x in (image, truth))
+        labels, valid = (rotate(x, turn, shear, nearest=True) for x in (labels, valid))
+    animated = jitter(image, strengths[:4].tolist(), config)
+    if replaced:
+        animated = torch.lerp(stranger.image, animated, head_mask(labels))
+    heads = torch.maximum(head_mask(labels), head_mask(target.labels))
+    noise = draw_noise(heads, generator) * noisy
+    other = same if same_identity else stranger
+    return Pair(
+        animated=animated,
+        animated_labels=labels,
+        target=target.image,
+        target_labels=target.labels,
+        target_valid=target.valid,
+        truth=truth,
+        truth_valid=valid,
+        noise=noise,
+        other=other.image,
+        other_labels=other.labels,
+        other_valid=other.valid,
+    )
+
+
+def check_frame(frame: Frame) -> None:
+    """Raises ``ValueError`` naming what is wrong with a frame."""
+    image, labels, valid = frame
+    if image.ndim != 3 or image.shape[0] != 3 or image.shape[1] != image.shape[2]:
+        raise ValueError(f"a window is (3, S, S), got {tuple(image.shape)}")
+    check_labels(labels[None], image.shape[-1])
+    if valid.shape != labels.shape:
+        raise ValueError(
+            f"the valid mask must be {tuple(labels.shape)} as the labels, got {tuple(valid.shape)}"
+        )
+
+
+def mirror(frame: Frame) -> Frame:
+    """Left and right exchanged; labels keep their numbers, a left eye stays a left eye."""
+    return Frame(*(x.flip(-1) for x in frame))
+
+
+def jitter(image: Tensor, strengths: list[float], config: PairConfig) -> Tensor:
+    """Brightness, contrast, saturation and hue changed.
+
+    Args:
+        image: (3, S, S) in [-1, 1].
+        strengths: of the four, each in [-1, 1].
+        config: what a strength of 1 means.
+    """
+    brightness, contrast, saturation, hue = strengths
+    light = (image + 1) / 2
+    light = colour.adjust_brightness(light, 1 + brightness * config.brightness)
+    light = colour.adjust_contrast(light, 1 + contrast * config.contrast)
+    light = colour.adjust_saturation(light, 1 + saturation * config.saturation)
+    return colour.adjust_hue(light, hue * config.hue).clamp(0, 1) * 2 - 1
+
+
+def rotate(x: Tensor, degrees: float, shear: float, *, nearest: bool = False) -> Tensor:
+    """(c, S, S) turned about its middle and sheared along the rows; black (labels and masks: 0) comes in from outside."""
+    turn, slant = math.radians(degrees), math.tan(math.radians(shear))
+    cos, sin = math.cos(turn), math.sin(turn)
+    matrix = torch.tensor([[[cos, slant * cos - sin, 0.0], [sin, slant * sin + cos, 0.0]]])
+    grid = functional.affine_grid(matrix, [1, 1, *x.shape[1:]], align_corners=False)
+    if nearest:
+        return functional.grid_sample(x[None].float(), grid, mode="nearest", align_corners=False)[
+            0
+        ].to(x.dtype)
+    return functional.grid_sample(x[None] + 1, grid, align_corners=False)[0] - 1

@@ -1,0 +1,467 @@
+"""One picture of a face and somebody's motion → a video of the face moving so.
+
+Of the driving video only its landmarks, its clock and its sound are used: it is decoded once, to a kilobyte a frame. Pictures
+stream through generator and encoder, so memory hardly grows with the video. What depends on the source alone is computed
+once (``Motion.prepare``), each frame costs the decoders (``Motion.drive``).
+
+A frame whose face is lost shows the last one that was found, and the log says why; motion never stops the clock.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from models.frozen.detector import DetectorName, load_detector
+from models.frozen.landmarks import LandmarkerName, load_landmarker
+from models.motion.layout import with_pupils
+from pipelines import storage, tracking
+from pipelines.adaptation import Mode, Points, Pose, adapt
+from pipelines.crops import LandmarkGate, implausible
+from pipelines.geometry import (
+    Floats,
+    Image,
+    box_sizes,
+    fomm_window,
+    iou,
+    landmark_boxes,
+    scale_boxes,
+    transform,
+    warp,
+)
+from pipelines.output import ConfigError, NothingUsableError
+from pipelines.video import Decoder, VideoError, VideoInfo, encode, probe
+
+if TYPE_CHECKING:
+    from models.motion.network import Motion
+
+SMALLEST_FACE = 0.1
+"""Least side of a face, in shorter sides of the picture: smaller ones are bystanders."""
+SAME_FACE = 0.2
+"""Least overlap of a face's box with where it was last seen."""
+NEAR = 2.5
+"""Sides of the last box: the region that is searched first."""
+FORGET_SECONDS = 1.0
+"""After so long without the face that was followed, the largest one is taken."""
+FOUND = ""
+"""Cause of a frame that has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimateConfig:
+    """What to animate, with what, and how."""
+
+    motion: str
+    """Bundle of a motion model: folder, URI, or models:/NAME@alias of the MLflow registry."""
+    source: str
+    """Picture with the face to animate. The largest face is taken; the picture need not be square."""
+    driving: str
+    """Video of the motion; or .npy with (n, 68 or 70, 2) landmarks in pixels, NaN where they are unknown."""
+    output: str
+    """mp4 to make. OUTPUT.json beside it tells of every frame."""
+    fps: float = 25.0
+    """Frames per second of a .npy; a video brings its own times."""
+    mode: Mode = "canonical"
+    """How the driver's landmarks become the source's: canonical keeps the source's shape; relative does, too, if both start
+    in one pose; absolute takes the driver's shape, right if source and driver are one person."""
+    pose: Pose = "relative"
+    """Of canonical: the source's pose moved as the driver's moves, or the driver's pose."""
+    detector: DetectorName = "dlib"
+    """Finds faces."""
+    landmarker: LandmarkerName = "dlib"
+    """Finds their points."""
+    batch: int = 8
+    """Frames generated at once."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of convolutions."""
+    crf: int = 18
+    """Quality of x264; 18 is visually lossless, larger is smaller."""
+
+    def __post_init__(self) -> None:
+        if self.fps <= 0 or self.batch < 1 or not 0 <= self.crf <= 51:
+            raise ValueError(
+                f"fps {self.fps} must be > 0, batch {self.batch} >= 1, crf {self.crf} in 0..51"
+            )
+
+
+@dataclass(frozen=True)
+class Drive:
+    """The motion of a driver."""
+
+    landmarks: Points
+    """(n, 68 or 70, 2) pixels, NaN where the face is lost."""
+    times: list[float]
+    """(n) seconds, increasing."""
+    causes: list[str]
+    """(n) why a frame's face is lost, or ``FOUND``."""
+    rate: Fraction
+    """Average frames per second."""
+    sound: bool
+    """Whether the file has any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Animated:
+    """What was made."""
+
+    frames: int
+    held: int
+    """Frames that show an earlier one."""
+    seconds: float
+    """Of the video."""
+    took_seconds: float
+    """Generating and encoding, landmarks not counted."""
+    causes: dict[str, int]
+    """Of held frames, with their numbers."""
+
+
+# --------------------------------------------------------------------------------------------- faces in pictures
+
+
+class Follower:
+    """Finds one face in picture after picture: the largest first, then the one that is where it was."""
+
+    def __init__(self, config: AnimateConfig, size: tuple[int, int]) -> None:
+        self._detector = load_detector(config.detector, SMALLEST_FACE * min(size))
+        self._landmarker = load_landmarker(config.landmarker)
+        self._gate = LandmarkGate()
+        self._box: Floats | None = None
+        self._seen = 0.0
+
+    def find(self, image: Image, at: float = 0.0) -> tuple[Points | None, str]:
+        """The points (68, 2) of the face in an RGB image at a time in seconds, or None and why not."""
+        if at - self._seen > FORGET_SECONDS:
+            self._box = None
+        boxes = self._near(image)
+        if not len(boxes):
+            boxes = self._detector.detect(image)[:, :4]
+        if not len(boxes):
+            return None, "no face"
+        if self._box is None:
+            chosen = boxes[int(np.prod(box_sizes(boxes), axis=1).argmax())]
+        else:
+            overlaps = iou(boxes, self._box)[:, 0]
+            if overlaps.max() < SAME_FACE:
+                return None, "another face"
+            chosen = boxes[int(overlaps.argmax())]
+        points = self._landmarker.locate(image, chosen[None])[0].astype(np.float64)
+        if wrong := implausible(points, chosen, self._gate):
+            return None, f"implausible landmarks: {wrong}"
+        self._box, self._seen = np.asarray(chosen, np.float64), at
+        return points, FOUND
+
+    def _near(self, image: Image) -> NDArray[np.float32]:
+        """Tight boxes (m, 4) around where the face was last seen, which costs a fraction of the whole picture."""
+        if self._box is None:
+            return np.zeros((0, 4), np.float32)
+        height, width = image.shape[:2]
+        low, high = np.round(scale_boxes(self._box, NEAR)).astype(int).reshape(2, 2)
+        left, top = np.maximum(low, 0)
+        right, bottom = np.minimum(high, (width, height))
+        region = np.ascontiguousarray(image[top:bottom, left:right])
+        return self._detector.detect(region)[:, :4] + np.array([left, top, left, top], np.float32)
+
+
+def read_source(config: AnimateConfig, size: int) -> tuple[Image, Floats]:
+    """The window around the face of the source picture, and its points.
+
+    The window is a square, cut as the training clips' are; a picture of any shape is never squashed.
+
+    Returns:
+        (size, size, 3) RGB, black outside the picture; (68, 2) pixels of that window.
+
+    Raises:
+        ConfigError: no picture there, or no face in it.
+    """
+    picture = read_picture(config.source)
+    height, width = picture.shape[:2]
+    points, cause = Follower(config, (width, height)).find(picture)
+    if points is None:
+        raise ConfigError(f"--source {config.source} ({width} x {height}): {cause}")
+    matrix = fomm_window(landmark_boxes(points)[None], size)
+    return warp(picture, matrix, (size, size)), transform(matrix, points)
+
+
+def read_picture(uri: str) -> Image:
+    """RGB (h, w, 3), turned as its EXIF says. Raises :class:`ConfigError` for anything that is no picture."""
+    try:
+        content = np.frombuffer(storage.read_bytes(uri), np.uint8)
+    except OSError as error:
+        raise ConfigError(f"--source {uri}: {type(error).__name__}: {error}") from error
+    decoded = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
+    if decoded is None:
+        raise ConfigError(f"--source {uri}: not a picture that OpenCV reads")
+    return np.ascontiguousarray(decoded[:, :, ::-1])
+
+
+# ------------------------------------------------------------------------------------------------- the driver
+
+
+def read_landmarks(uri: str, fps: float) -> Drive:
+    """A .npy of landmarks. Raises :class:`ConfigError` for another shape or content."""
+    try:
+        with storage.local_file(uri) as path:
+            landmarks = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"--driving {uri}: not a .npy of numbers ({error})") from error
+    if (
+        landmarks.ndim != 3
+        or landmarks.shape[1:] not in ((68, 2), (70, 2))
+        or landmarks.dtype.kind not in "fiu"
+    ):
+        raise ConfigError(
+            f"--driving {uri}: {landmarks.dtype} of shape {landmarks.shape}, "
+            "not numbers of shape (n, 68, 2) or (n, 70, 2)"
+        )
+    points = landmarks.astype(np.float64)
+    known = np.isfinite(points).all(axis=(1, 2))
+    rate = Fraction(fps).limit_denominator(1001)
+    times = [float(index / rate) for index in range(len(points))]
+    causes = [FOUND if good else "no landmarks given" for good in known]
+    points[~known] = np.nan
+    return Drive(points, times, causes, rate, sound=False)
+
+
+def follow_video(
+    config: AnimateConfig, path: Path, progress: Callable[[str], None] = lambda _: None
+) -> Drive:
+    """The landmarks of a driving video, frame by frame.
+
+    A video that breaks off is used up to there; its other frames are lost ones.
+
+    Raises:
+        ConfigError: nothing of it can be read.
+    """
+    try:
+        found = probe(path)
+    except VideoError as error:
+        raise ConfigError(f"--driving {config.driving}: {error}") from error
+    landmarks = np.full((found.frames, 68, 2), np.nan)
+    causes: list[str] = []
+    times: list[float] = []
+    last_told = time.monotonic()
+    try:
+        for index, at, points, cause in _follow(config, path, found):
+            if points is not None:
+                landmarks[index] = points
+            causes.append(cause)
+            times.append(at)
+            if time.monotonic() - last_told > 30:
+                progress(f"landmarks of {len(causes)} of {found.frames} frames")
+                last_told = time.monotonic()
+    except VideoError as error:
+        if not causes:
+            raise ConfigError(f"--driving {config.driving}: {error}") from error
+        missing = found.frames - len(causes)
+        step = 1 / found.fps
+        times += [times[-1] + step * (1 + index) for index in range(missing)]
+        causes += [str(error)] * missing
+    rate = Fraction(found.fps or config.fps).limit_denominator(1001)
+    return Drive(landmarks, times, causes, rate, found.audio)
+
+
+def _follow(
+    config: AnimateConfig, path: Path, found: VideoInfo
+) -> Iterator[tuple[int, float, Points | None, str]]:
+    follower = Follower(config, (found.width, found.height))
+    every = range(found.frames)
+    with Decoder() as decoder:
+        for frame in decoder.read(path, found, ranges=[(0, found.frames)], images=every):
+            assert frame.image is not None
+            yield frame.index, frame.time, *follower.find(frame.image, frame.time)
+
+
+def fit(drive: Drive, source: Floats, config: AnimateConfig, size: int, count: int) -> Points:
+    """What drives the source: a set of points for every frame in which the driver's face was found.
+
+    Args:
+        drive: in pixels of the driving frames; at least one frame found.
+        source: (68, 2) pixels of the source's window.
+        config: mode and pose.
+        size: side of the windows, pixels.
+        count: points the model takes, 68 or 70. Unknown pupils look straight ahead.
+
+    Returns:
+        (m, count, 2) pixels of the source's window, m frames found.
+    """
+    known = drive.landmarks[[cause == FOUND for cause in drive.causes]]
+    window = fomm_window(landmark_boxes(known[:, :68]), size)
+    return adapt(
+        with_points(source, count),
+        with_points(transform(window, known), count),
+        config.mode,
+        config.pose,
+    )
+
+
+def with_points(landmarks: Floats, count: int) -> Points:
+    """Landmarks (..., 68 or 70, 2) with ``count`` points."""
+    if landmarks.shape[-2] == count or count == 68:
+        return np.asarray(landmarks[..., :count, :], np.float64)
+    return np.asarray(with_pupils(landmarks), np.float64)
+
+
+# -------------------------------------------------------------------------------------------------- generating
+
+
+def load_model(uri: str) -> Motion:
+    """The motion model of a bundle. Raises :class:`ConfigError` when it is none."""
+    from models.bundle import BundleError, load
+    from models.motion.network import Motion
+
+    try:
+        network = load(tracking.find_bundle(uri))
+    except BundleError as error:
+        raise ConfigError(f"--motion {error}") from error
+    if not isinstance(network, Motion):
+        raise ConfigError(f"--motion {uri}: a bundle of {type(network).__name__}, not of Motion")
+    return network
+
+
+def generate(
+    model: Motion, window: Image, source: Floats, driving: Points, config: AnimateConfig
+) -> Iterator[Image]:
+    """Frames of the source driven by points.
+
+    Args:
+        model: on the device where it is to run, in eval mode.
+        window: (s, s, 3) RGB.
+        source: (68 or 70, 2) pixels of the window.
+        driving: (m, K, 2) pixels of the window.
+        config: batch and precision.
+
+    Yields:
+        (s, s, 3) RGB, one for each set of points.
+    """
+    import torch
+
+    from models.motion.flow import normalise
+    from models.updates import autocast
+
+    device = next(model.parameters()).device
+    size = model.config.size
+
+    def points(values: Points) -> torch.Tensor:
+        return normalise(torch.from_numpy(values).float(), size).to(device)
+
+    picture = torch.from_numpy(window).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.inference_mode(), autocast(device, config.precision):
+        cache = model.prepare(
+            picture, points(with_points(source, model.config.num_landmarks))[None]
+        )
+        for first in range(0, len(driving), config.batch):
+            made, _ = model.drive(cache, points(driving[first : first + config.batch]))
+            pictures = ((made.float() + 1) * 127.5).round().clamp(0, 255).byte()
+            yield from pictures.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def held(causes: Sequence[str], pictures: Iterator[Image]) -> Iterator[Image]:
+    """A picture for every frame: those without one repeat the last, or before any was found the first."""
+    shown = next(pictures)
+    ahead: Iterator[Image] = itertools.chain([shown], pictures)
+    for cause in causes:
+        if cause == FOUND:
+            shown = next(ahead)
+        yield shown
+
+
+def animate(config: AnimateConfig, say: Callable[[str], None] = lambda _: None) -> Animated:
+    """Make the video and the log of its frames.
+
+    Args:
+        config: what and how; places absolute.
+        say: told of progress now and then.
+
+    Raises:
+        ConfigError: bundle, source or driver cannot be used.
+        NothingUsableError: no frame of the driver has a face.
+        WeightsError: of the detector or the landmarker.
+    """
+    import torch
+
+    model = load_model(config.motion)
+    size, count = model.config.size, model.config.num_landmarks
+    window, source = read_source(config, size)
+    with storage.local_file(config.driving) as path:
+        if not path.is_file():
+            raise ConfigError(f"--driving {config.driving}: no such file")
+        is_video = path.suffix != ".npy"
+        drive = (
+            follow_video(config, path, say)
+            if is_video
+            else read_landmarks(config.driving, config.fps)
+        )
+        if FOUND not in drive.causes:
+            reasons = ", ".join(f"{cause}: {n}" for cause, n in _counts(drive.causes).items())
+            raise NothingUsableError(
+                f"no face in any of {len(drive.causes)} driving frames ({reasons or 'empty'})"
+            )
+        driving = fit(drive, source, config, size, count)
+        began = time.monotonic()
+        pictures = generate(
+            model.to("cuda" if torch.cuda.is_available() else "cpu"),
+            window,
+            source,
+            driving,
+            config,
+        )
+        with tempfile.TemporaryDirectory(prefix="headray-") as folder:
+            made = Path(folder, "animated.mp4")
+            encode(
+                made,
+                _told(held(drive.causes, pictures), len(drive.causes), say),
+                drive.rate,
+                config.crf,
+                times=drive.times,
+                sound=path if drive.sound else None,
+            )
+            storage.put_file(made, config.output)
+    lost = [cause for cause in drive.causes if cause != FOUND]
+    result = Animated(
+        frames=len(drive.causes),
+        held=len(lost),
+        seconds=drive.times[-1] + float(1 / drive.rate),
+        took_seconds=time.monotonic() - began,
+        causes=_counts(lost),
+    )
+    storage.write_atomic(f"{config.output}.json", frame_log(config, drive, result))
+    return result
+
+
+def frame_log(config: AnimateConfig, drive: Drive, result: Animated) -> bytes:
+    """``OUTPUT.json``: the configuration, the sums, and what every frame shows."""
+    frames = [
+        {"index": index, "time": round(at, 6)}
+        | ({"state": "driven"} if cause == FOUND else {"state": "held", "cause": cause})
+        for index, (at, cause) in enumerate(zip(drive.times, drive.causes, strict=True))
+    ]
+    content: dict[str, Any] = {"config": asdict(config), **asdict(result), "per_frame": frames}
+    return json.dumps(content, indent=1).encode()
+
+
+def _told(
+    pictures: Iterator[Image], count: int, say: Callable[[str], None]
+) -> Iterator[NDArray[np.uint8]]:
+    """The pictures, with a line of progress every half minute."""
+    last_told = time.monotonic()
+    for index, picture in enumerate(pictures):
+        if time.monotonic() - last_told > 30:
+            say(f"{index} of {count} frames")
+            last_told = time.monotonic()
+        yield picture
+
+
+def _counts(causes: Sequence[str]) -> dict[str, int]:
+    kinds = [cause.partition(":")[0] for cause in causes if cause != FOUND]
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}

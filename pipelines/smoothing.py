@@ -1,0 +1,188 @@
+"""Landmarks through a whole track: how much they tremble, how far eyes close, and smoothing that takes only the first.
+
+spec-sparse-motion §8.2: landmarks are located twice, the second time in boxes that move smoothly, because a face that jumps
+about in its box moves its landmarks; then each point's path is fitted by short parabolas (Savitzky and Golay 1964), shorter
+ones for lids and lips. The filter is symmetric, so nothing lags. Not done: the fusion with optical flow of the same section;
+what is here meets the section's own limits without it.
+
+Only frames that are neighbours in the video are smoothed together: points of frames 0.2 s apart have nothing to do with each
+other's noise, and a blink between them is one frame. numpy and scipy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.signal import savgol_filter
+
+from pipelines.geometry import Floats
+
+WINDOW = 7
+"""Frames to which a parabola is fitted."""
+LIVELY_WINDOW = 5
+"""The same, for lids and lips: of a blink of two frames 83 % are left, with 7 frames it would be 62 %."""
+LIVELY = np.array([37, 38, 40, 41, 43, 44, 46, 47, *range(48, 68)])
+"""Lids and lips."""
+BOX_WINDOW = 15
+"""The same, for the boxes of the second pass: a head has no reason to turn back within half a second of 30 frames."""
+ORDER = 2
+BLINK_DEPTH = 0.35
+"""A blink is a dip of :func:`eye_opening` by this share of its median."""
+BLINK_FRAMES = 12
+"""Longest blink, in frames; what lasts longer are closed eyes, which nothing smears."""
+
+
+def runs(indices: Sequence[int]) -> list[slice]:
+    """Stretches of neighbouring frames in increasing frame indices."""
+    if not len(indices):
+        return []
+    edges = np.flatnonzero(np.diff(indices) != 1) + 1
+    bounds = [0, *edges.tolist(), len(indices)]
+    return [slice(first, last) for first, last in pairwise(bounds)]
+
+
+def eye_distance(points: Floats) -> float:
+    """Median distance of the eye centres of (n, 68, 2)."""
+    left, right = points[:, 36:42].mean(axis=1), points[:, 42:48].mean(axis=1)
+    return float(np.median(np.linalg.norm(right - left, axis=1)))
+
+
+def jitter(points: Floats, indices: Sequence[int]) -> float:
+    """Mean of |p(t+1) - 2 p(t) + p(t-1)| over points and frames, in eye distances; NaN without three neighbours.
+
+    Args:
+        points: (n, 68, 2) in pixels that do not move with the face.
+        indices: (n,) increasing frame indices.
+    """
+    bends = [np.diff(points[run], n=2, axis=0) for run in runs(indices)]
+    bends = [bend for bend in bends if len(bend)]
+    if not bends:
+        return float("nan")
+    lengths = np.linalg.norm(np.concatenate(bends), axis=-1)
+    return float(lengths.mean()) / eye_distance(points)
+
+
+def eye_opening(points: Floats) -> Floats:
+    """How far the eyes are open, (n,) of (n, 68, 2): height over width, mean of both (Soukupová and Čech 2016)."""
+
+    def ratio(first: int) -> Floats:
+        p = points[:, first : first + 6]
+        high = np.linalg.norm(p[:, 1] - p[:, 5], axis=1) + np.linalg.norm(p[:, 2] - p[:, 4], axis=1)
+        wide = np.linalg.norm(p[:, 0] - p[:, 3], axis=1)
+        return np.asarray(high / (2 * wide))
+
+    return (ratio(36) + ratio(42)) / 2
+
+
+def find_blinks(opening: Floats, indices: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Blinks in (n,) openings: positions of the last open frame before, of the deepest, of the first open one after."""
+    if not len(opening):
+        return []
+    usual = float(np.median(opening))
+    deep, shallow = (1 - BLINK_DEPTH) * usual, (1 - BLINK_DEPTH / 4) * usual
+    found = []
+    for run in runs(indices):
+        signal = opening[run]
+        is_low = np.flatnonzero(signal < deep)
+        for part in runs(is_low.tolist()):
+            before, after = int(is_low[part][0]) - 1, int(is_low[part][-1]) + 1
+            while before >= 0 and signal[before] < shallow:
+                before -= 1
+            while after < len(signal) and signal[after] < shallow:
+                after += 1
+            if before >= 0 and after < len(signal) and after - before - 1 <= BLINK_FRAMES:
+                low = before + int(np.argmin(signal[before : after + 1]))
+                found.append((run.start + before, run.start + low, run.start + after))
+    return sorted(set(found))
+
+
+def blinks_kept(raw: Floats, smooth: Floats, indices: Sequence[int]) -> tuple[float, int]:
+    """What smoothing leaves of blinks: the least share of a blink's depth, and the most frames that its deepest point moves.
+
+    Args:
+        raw, smooth: (n, 68, 2) before and after.
+        indices: (n,) increasing frame indices.
+
+    Returns:
+        (NaN, 0) when nobody blinks.
+    """
+    before, after = eye_opening(raw), eye_opening(smooth)
+    shares, lags = [], []
+    for first, low, last in find_blinks(before, indices):
+        # over a plateau the middle of the lowest frames counts
+        def deepest(signal: Floats, first: int = first, last: int = last) -> float:
+            inside = signal[first : last + 1]
+            near = inside <= inside.min() + 0.1 * np.ptp(inside)
+            return float(np.flatnonzero(near).mean())
+
+        opened = (before[first] + before[last]) / 2
+        shares.append((opened - after[first : last + 1].min()) / (opened - before[low]))
+        lags.append(abs(deepest(after) - deepest(before)))
+    if not shares:
+        return float("nan"), 0
+    return float(min(shares)), round(max(lags))
+
+
+def fit_paths(values: Floats, indices: Sequence[int], window: int) -> Floats:
+    """Values (n, ...) with each path fitted by parabolas over ``window`` frames, within stretches of neighbours.
+
+    In a stretch shorter than the window the window is as long as it can be; fewer than four frames stay as they are.
+    """
+    fitted = np.array(values, dtype=np.float64)
+    for run in runs(indices):
+        length = run.stop - run.start
+        size = min(window, length - 1 + length % 2)
+        if size > ORDER + 1:
+            fitted[run] = savgol_filter(fitted[run], size, ORDER, axis=0, mode="interp")
+    return fitted
+
+
+def smooth(points: Floats, indices: Sequence[int]) -> Floats:
+    """Landmarks (n, 68, 2) without their tremble.
+
+    Args:
+        points: in pixels that do not move with the face.
+        indices: (n,) increasing frame indices.
+    """
+    steady = fit_paths(points, indices, WINDOW)
+    steady[:, LIVELY] = fit_paths(points[:, LIVELY], indices, LIVELY_WINDOW)
+    return steady
+
+
+def steady_boxes(points: Floats, boxes: ArrayLike, indices: Sequence[int]) -> Floats:
+    """Square boxes (n, 4) that follow the landmarks smoothly and lie about them as the detected boxes do, by the median.
+
+    Args:
+        points: (n, 68, 2) of the first pass.
+        boxes: (n, 4) in which they were found.
+        indices: (n,) increasing frame indices.
+    """
+    detected = np.asarray(boxes, dtype=np.float64)
+    centres = points.mean(axis=1)
+    radii = np.linalg.norm(points - centres[:, None], axis=-1).mean(axis=1)
+    middles = (detected[:, :2] + detected[:, 2:]) / 2
+    sides = np.sqrt(np.prod(detected[:, 2:] - detected[:, :2], axis=1))
+    offset = np.median((middles - centres) / radii[:, None], axis=0)
+    middle = fit_paths(centres + offset * radii[:, None], indices, BOX_WINDOW)
+    half = fit_paths(radii, indices, BOX_WINDOW)[:, None] * float(np.median(sides / radii)) / 2
+    return np.hstack([middle - half, middle + half])
+
+
+def measure(raw: Floats, smoothed: Floats | None, indices: Sequence[int]) -> dict[str, float]:
+    """Scores of a track's landmarks by name; those that cannot be measured are left out.
+
+    Args:
+        raw: (n, 68, 2) as located in detected boxes, frame pixels.
+        smoothed: (n, 68, 2) as stored, where they were smoothed.
+        indices: (n,) increasing frame indices.
+    """
+    measured = {"jitter": jitter(raw if smoothed is None else smoothed, indices)}
+    if smoothed is not None:
+        measured["jitter_raw"] = jitter(raw, indices)
+        kept, lag = blinks_kept(raw, smoothed, indices)
+        if np.isfinite(kept):
+            measured |= {"blink_kept": kept, "blink_lag": lag}
+    return {name: round(value, 5) for name, value in measured.items() if np.isfinite(value)}

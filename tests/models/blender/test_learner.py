@@ -1,0 +1,286 @@
+"""One step trains what is to be trained and nothing else; micro-batches add up; real frames are learned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.blender.batch import collate
+from models.blender.features import FeatureExtractor
+from models.blender.learner import (
+    PREVIEW_COLUMNS,
+    BlenderLearner,
+    BlenderLearnerConfig,
+    calibrate,
+    psnr,
+)
+from models.blender.network import Blender, BlenderConfig
+from models.blender.pairs import PairConfig, make_pair
+from models.blender.warp import warp
+from models.frozen.parsing import ParsingLabel
+from models.updates import NonFiniteLossError
+from tests.material import SHARED, needs_shared
+from tests.models.blender.scenes import SIZE, TINY, drawn_batch
+
+CONFIG = BlenderLearnerConfig(
+    network=TINY, perceptual="none", discriminator_base=4, discriminator_limit=8, lightness=1.0
+)
+CPU = torch.device("cpu")
+BEST = 10 * np.log10(4 / 4e-10)
+
+
+def learner(config: BlenderLearnerConfig = CONFIG, seed: int = 0) -> BlenderLearner:
+    torch.manual_seed(seed)
+    return BlenderLearner(config, wrap=lambda network: network, device=CPU)
+
+
+def test_one_step_changes_every_trained_parameter():
+    one = learner()
+    before = {name: p.clone() for name, p in one.networks.named_parameters()}
+    metrics = one.train_step(drawn_batch(), 0)
+    unchanged = [
+        name for name, p in one.networks.named_parameters() if torch.equal(p, before[name])
+    ]
+    assert unchanged == []
+    assert {"loss/l1", "loss/cycle", "loss/cycle_other", "loss/adversarial", "loss/lightness", "loss/discriminator", "norm/blender", "norm/discriminator"} == set(metrics)  # fmt: skip
+    assert all(value.isfinite() and not value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.real
+@needs_shared
+def test_frozen_networks_stay_and_get_no_gradient(monkeypatch):
+    monkeypatch.setenv("HEADRAY_WEIGHTS", str(SHARED / "weights"))
+    network = replace(TINY, trunk="vgg_normalised_conv3_1")
+    batch = drawn_batch()
+    config = calibrate(
+        replace(CONFIG, network=network, perceptual="vgg_normalised_conv3_1"), [batch.truth]
+    )
+    one = learner(config)
+    frozen = dict(one.networks["blender"].features.trunk.named_parameters())
+    before = {name: p.clone() for name, p in frozen.items()}
+    trained = {
+        n: p.clone() for n, p in one.networks["blender"].named_parameters() if p.requires_grad
+    }
+    metrics = one.train_step(batch, 0)
+    assert metrics["loss/perceptual"] > 0
+    assert len(frozen) == 10
+    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in frozen.items())
+    after = dict(one.networks["blender"].named_parameters())
+    assert all(not torch.equal(after[name], p) for name, p in trained.items())
+    # the trunk's file is not needed again: a state dict carries it, its normalisation too
+    monkeypatch.setenv("HEADRAY_WEIGHTS", "/nonexistent")
+    again = Blender(network).eval()
+    again.load_state_dict(one.networks["blender"].state_dict(), strict=True)
+    one.networks["blender"].eval()
+    assert torch.equal(again(batch).image, one.networks["blender"](batch).image)
+
+
+def test_micro_batches_give_the_step_of_the_whole_batch():
+    config = replace(CONFIG, clip=1e9)
+    whole, parts = learner(config), learner(replace(config, accumulate=2))
+    batch = drawn_batch(2, PairConfig(p_affine=0))
+    batch = replace(batch, **{name: getattr(batch, name)[:1].repeat(2, 1, 1, 1) for name, _ in batch._tensors()})  # fmt: skip
+    for step in range(2):
+        first, second = whole.train_step(batch, step), parts.train_step(batch, step)
+        for name in first:
+            torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)
+
+
+def test_half_precision_stays_near_full_precision():
+    batch = drawn_batch()
+    full = learner().train_step(batch, 0)
+    half = learner(replace(CONFIG, precision="bf16")).train_step(batch, 0)
+    for name in ("loss/l1", "loss/cycle", "loss/discriminator"):
+        assert half[name].dtype == torch.float32
+        torch.testing.assert_close(half[name], full[name], rtol=0.05, atol=0.01)
+
+
+def test_the_adversarial_weight_rises_with_samples_not_steps():
+    config = replace(CONFIG, adversarial=3.0, adversarial_early=0.5, adversarial_after=100)
+    assert learner(config)._weights(99)["adversarial"] == 0.5
+    assert learner(config)._weights(100)["adversarial"] == 3.0
+
+
+def test_a_loss_that_is_no_number_stops_before_any_weight_changes():
+    one = learner()
+    batch = drawn_batch()
+    batch.truth[0, 0, 0, 0] = torch.nan
+    before = {name: p.clone() for name, p in one.networks.named_parameters()}
+    with pytest.raises(NonFiniteLossError, match="head-0"):
+        one.train_step(batch, 0)
+    assert all(torch.equal(p, before[name]) for name, p in one.networks.named_parameters())
+
+
+def test_the_preview_shows_what_its_columns_say():
+    one = learner()
+    batch = drawn_batch()
+    shown = one.preview(batch).unflatten(3, (len(PREVIEW_COLUMNS), SIZE)).unbind(3)
+    columns = dict(zip(one.preview_columns, shown, strict=True))
+    assert torch.equal(columns["target"], batch.target)
+    assert torch.equal(columns["truth"], batch.truth)
+    network = one.export()
+    assert not network.training
+    blended = network(batch)
+    assert torch.equal(columns["colour exemplar"], blended.head_exemplar)
+    assert torch.equal(columns["inpainting exemplar"], blended.ring_exemplar)
+    assert torch.equal(columns["blended"], blended.image)
+    assert torch.equal(columns["aligned head"], batch.animated * blended.masks.head_a)
+    scores = one.eval_step(batch)
+    assert scores["score/psnr_painted"] < BEST
+
+
+def test_psnr_is_that_of_the_masked_pixels():
+    real = torch.zeros(1, 3, 2, 2)
+    generated = real.clone()
+    generated[:, :, 0, 0] = 0.2
+    mask = torch.zeros(1, 1, 2, 2)
+    mask[:, :, 0] = 1  # two pixels, one of them off by a tenth of the range
+    assert psnr(generated, real, mask) == pytest.approx(10 * np.log10(1 / (0.01 / 2)), abs=1e-3)
+    assert psnr(real, real, mask) == pytest.approx(BEST, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"lr": 0.0}, "lr"), ({"accumulate": 0}, "accumulate"), ({"perceptual_weights": (1.0,)}, "no effect")],
+)  # fmt: skip
+def test_impossible_configurations_are_refused(change, reason):
+    with pytest.raises(ValueError, match=reason):
+        replace(CONFIG, **change)
+
+
+def test_an_uncalibrated_perceptual_loss_is_refused():
+    with pytest.raises(ValueError, match="calibrate"):
+        learner(replace(CONFIG, perceptual="vgg19"))
+
+
+# -------------------------------------------------------------------------------------------------- real frames
+
+REAL_SIZE = 128
+NETWORK = BlenderConfig(
+    size=REAL_SIZE, trunk="small", feature_stride=4, feature_width=32, unet_base=16
+)
+REAL = BlenderLearnerConfig(
+    network=NETWORK, perceptual="none", discriminator_base=8, discriminator_limit=32,
+    lr=2e-3, discriminator_lr=2e-3, ema=0.9,
+)  # fmt: skip
+CLIPS = ("m003_a", "w036_a", "kitchen_a", "aoc_b", "phone_a", "franck_a")
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@needs_shared
+def test_one_real_frame_is_learned():
+    from tests.windows import window
+
+    config = PairConfig(p_mirror=1, p_other_frame=0, p_noise=0, p_background=0, p_affine=0)
+    frames = [window("kitchen_a", 0, REAL_SIZE).frame] * 2 + [window("w036_a", 0, REAL_SIZE).frame]
+    pair = make_pair(*frames, torch.Generator().manual_seed(4), config)
+    batch = collate(["kitchen_a"], [pair])
+    one = learner(REAL)
+    before = one.eval_step(batch)
+    for step in range(120):
+        one.train_step(batch, step)
+    after = one.eval_step(batch)
+    assert before["score/psnr_painted"] < 15
+    assert after["score/psnr_painted"] > 25
+    assert after["loss/l1"] < before["loss/l1"] / 2
+
+
+@pytest.fixture(scope="module")
+def trained() -> Blender:
+    """A Blender on the small VGG after 15 steps on frames of all six people; the tests use other frames of them."""
+    from tests.windows import window
+
+    windows = {clip: [window(clip, i, REAL_SIZE).frame for i in (0, 30)] for clip in CLIPS}
+    network = replace(NETWORK, trunk="vgg_normalised_conv3_1")
+    config = replace(REAL, network=network, lr=1e-3, cycle=10.0, cycle_other=10.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADRAY_WEIGHTS", str(SHARED / "weights"))
+        one = learner(config)
+    for step in range(15):
+        generator = torch.Generator().manual_seed(step)
+        clip, stranger = torch.randperm(len(CLIPS), generator=generator)[:2].tolist()
+        same, other = windows[CLIPS[clip]], windows[CLIPS[stranger]]
+        pair = make_pair(same[step % 2], same[1 - step % 2], other[0], generator, PairConfig())
+        one.train_step(collate([CLIPS[clip]], [pair]), step)
+    blender = one.networks["blender"]
+    assert isinstance(blender, Blender)
+    return blender.eval()
+
+
+@torch.no_grad()
+def carried_error(network: Blender, clip: str) -> float:
+    """Mean distance in pixels between T's landmarks and where the warp takes those of A, held-out frames of a clip."""
+    from tests.windows import window
+
+    a, t = (window(clip, i, REAL_SIZE) for i in (15, 75))
+    stride = network.config.feature_stride
+    views = []
+    for one, feature in zip((a, t), network.features(a.frame.image[None], t.frame.image[None]), strict=True):  # fmt: skip
+        _, ring = network._own_masks(one.frame.labels[None], one.frame.valid[None])
+        views.append(network._view(feature, one.frame.image[None], one.frame.labels[None], ring))
+    cells = REAL_SIZE // stride
+    y, x = torch.meshgrid(*[stride * (torch.arange(cells) + 0.5)] * 2, indexing="ij")
+    places = torch.stack([x, y]).flatten(1)[None]
+    carried, lse = warp(
+        views[0].features.flatten(2), views[1].features.flatten(2), places,
+        views[0].groups.flatten(1), views[1].groups.flatten(1), network.config.warp,
+    )  # fmt: skip
+    column, row = (a.landmarks / stride).long().unbind(1)
+    cell = row * cells + column
+    usable = lse[0].isfinite()[cell]
+    assert usable.sum() > 50
+    offset = a.landmarks - stride * (torch.stack([column, row], dim=1) + 0.5)
+    errors = (carried[0].T[cell] + offset - t.landmarks).norm(dim=1)
+    return float(errors[usable].mean())
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@needs_shared
+def test_trained_features_carry_landmarks_twice_as_well_as_random_ones(trained):
+    torch.manual_seed(1)
+    random = Blender(trained.config).eval()
+    errors = [[carried_error(network, clip) for clip in CLIPS] for network in (trained, random)]
+    assert np.mean(errors[0]) <= np.mean(errors[1]) / 2, errors
+
+
+def mean_lab(image: Tensor, labels: Tensor) -> np.ndarray:
+    """Mean skin colour of (3, S, S) in CIELAB, after the mean in RGB."""
+    from skimage.color import rgb2lab
+
+    skin = labels[0] == ParsingLabel.SKIN
+    return rgb2lab(((image[:, skin].mean(dim=1) + 1) / 2).clamp(0, 1).numpy())
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@needs_shared
+def test_the_colour_exemplar_has_the_targets_skin_for_every_pair_of_people(trained):
+    from tests.windows import window
+
+    held_out = {clip: window(clip, 75, REAL_SIZE).frame for clip in CLIPS}
+    tried = 0
+    for source in CLIPS:
+        for target in CLIPS:
+            if source == target:
+                continue
+            a, t = held_out[source], held_out[target]
+            pair = make_pair(a, t, t, torch.Generator(), PairConfig(p_mirror=0, p_other_frame=1, p_noise=0, p_background=0, p_affine=0, brightness=0, contrast=0, saturation=0, hue=0))  # fmt: skip
+            with torch.no_grad():
+                blended = trained(collate([source], [pair]))
+            wanted = mean_lab(t.image, t.labels)
+            got = mean_lab(blended.head_exemplar[0], a.labels)
+            had = mean_lab(a.image, a.labels)
+            assert np.linalg.norm(got - wanted) < np.linalg.norm(had - wanted), (source, target)
+            tried += 1
+    assert tried == 30
+
+
+def test_features_without_training_read_no_file(monkeypatch):
+    monkeypatch.setenv("HEADRAY_WEIGHTS", "/nonexistent")
+    assert isinstance(FeatureExtractor("vgg19", 8, 4).trunk, nn.Module)

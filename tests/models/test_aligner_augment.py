@@ -1,0 +1,139 @@
+"""The pose augmentation: where pixels go, that nothing but the generator decides, and that colours stay colours."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.aligner import augment
+from models.aligner.augment import OPERATIONS, AugmentConfig, photometric, resample, shift
+
+
+def picture(size: int = 32, count: int = 1) -> Tensor:
+    """Smooth and coloured, (count, 3, size, size) in [-1, 1]."""
+    rng = np.random.default_rng(5)
+    images = [cv2.GaussianBlur(rng.random((size, size, 3), np.float32), (0, 0), 2) for _ in range(count)]  # fmt: skip
+    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return ((x - x.min()) / (x.max() - x.min()) * 2 - 1).contiguous()
+
+
+@pytest.mark.parametrize("by", [(0, 0), (3, 0), (-3, 2), (1, -5)])
+def test_a_shift_is_what_cv2_does_with_a_mirrored_border(by: tuple[int, int]) -> None:
+    x = picture(count=2)
+    moved = shift(x, by)
+    matrix = np.array([[1, 0, by[0]], [0, 1, by[1]]], np.float32)
+    for before, after in zip(x, moved, strict=True):
+        reference = cv2.warpAffine(
+            before.permute(1, 2, 0).numpy(),
+            matrix,
+            (32, 32),
+            flags=cv2.INTER_NEAREST,
+            borderMode=cv2.BORDER_REFLECT_101,
+        )
+        assert np.array_equal(after.permute(1, 2, 0).numpy(), reference)
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        [[1, 0, 0], [0, 1, 0]],
+        [[1.6, 0, -9.3], [0, 1.6, -11.1]],
+        [[0.9, 0.2, 2], [-0.2, 0.9, 5]],
+        [[1.2, 0, -3.2], [0, 0.8, 3.2]],
+    ],
+)
+def test_resampling_is_what_cv2_does(matrix: list[list[float]]) -> None:
+    x, size = picture(), 24
+    ours = resample(x, torch.tensor(matrix, dtype=torch.float64), size)[0].permute(1, 2, 0).numpy()
+    theirs = np.array(matrix, np.float64)
+    theirs[:, 2] += theirs[:, :2] @ [0.5, 0.5] - 0.5  # cv2 counts centres from 0
+    reference = cv2.warpAffine(
+        x[0].permute(1, 2, 0).numpy(),
+        theirs,
+        (size, size),
+        flags=cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REFLECT,
+    )
+    assert np.abs(ours - reference).max() < 0.02, "more than cv2's rounding of places to 1/32 px"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
+def test_an_operation_repeats_itself_and_keeps_colours_near(operation: object) -> None:
+    x = (picture(count=2) + 1) / 2
+    before = x.clone()
+    changed = 0
+    for seed in range(6):
+        first, again = (operation(x, np.random.default_rng(seed)) for _ in range(2))  # type: ignore[operator]
+        assert torch.equal(first, again)
+        assert first.shape == x.shape
+        assert first.dtype == torch.float32
+        assert torch.isfinite(first).all()
+        changed += not torch.equal(first, x)
+    assert changed >= 1
+    assert torch.equal(x, before), "the picture that came in was changed"
+
+
+def test_strengths_are_those_of_the_paper() -> None:
+    """Bounds that hold for every draw, from flat pictures whose right answers are known."""
+    grey = torch.full((1, 3, 16, 16), 0.5)
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        assert 0.25 <= augment.multiply(grey, rng).mean() <= 0.75
+        assert torch.allclose(augment.contrast(grey, rng), grey), "mid grey is the fixed point"
+        assert (augment.add(grey, rng) - grey).abs().max() <= 10 / 255 + 1e-6
+        assert augment.noise(grey, rng).std() <= 0.06
+        for operation in (augment.blur, augment.emboss, augment.saturate, augment.elastic):
+            assert torch.allclose(operation(grey, rng), grey, atol=1e-5), operation.__name__
+        assert 0.5 - 1e-6 <= augment.sharpen(grey, rng).min() <= 0.75 + 1e-6
+
+
+def test_the_number_of_operations_is_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    marks = [lambda x, rng, i=i: (calls.append(i), x)[1] for i in range(11)]  # noqa: ARG005
+    monkeypatch.setattr(augment, "OPERATIONS", tuple(marks))
+    counts = np.zeros(6, int)
+    used = np.zeros(11, int)
+    for seed in range(600):
+        calls.clear()
+        photometric(picture(8), np.random.default_rng(seed), AugmentConfig())
+        assert len(set(calls)) == len(calls), "one operation twice"
+        counts[len(calls)] += 1
+        used[calls] += 1
+    assert counts.min() > 65
+    assert used.min() > 100
+    assert used.max() < 175
+
+
+def test_nothing_is_drawn_beyond_the_limits() -> None:
+    config = AugmentConfig()
+    shifts, scales = [], []
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        shifts.append(augment.draw_shift(rng, config, 512))
+        scales.append(augment.draw_scales(rng, config))
+    moved = [by for by in shifts if by != (0, 0)]
+    assert 150 < len(moved) < 250
+    assert 20 <= max(map(abs, sum(moved, ()))) <= 26
+    scaled = np.array([pair for pair in scales if pair != (1, 1)])
+    assert 150 < len(scaled) < 250
+    assert 0.8 <= scaled.min() < 0.83
+    assert 1.17 < scaled.max() <= 1.2
+    assert np.abs(scaled[:, 0] - scaled[:, 1]).mean() > 0.08, "width and height change apart"
+    none = AugmentConfig(max_photometric=0, scale=0.0, shift=0.0)
+    x = picture()
+    rng = np.random.default_rng(0)
+    assert augment.draw_shift(rng, none, 512) == (0, 0)
+    assert augment.draw_scales(rng, none) == (1.0, 1.0)
+    assert torch.equal(photometric(x, rng, none), x)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_photometric", 12), ("scale", 0.5), ("shift", -0.1), ("probability", 2)],
+)
+def test_bad_strengths_are_named(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be .*{value}"):
+        AugmentConfig(**{field: value})  # type: ignore[arg-type]

@@ -1,0 +1,168 @@
+"""Tremble goes, blinks stay, gaps are respected: on drawn faces with known paths, and on a real still picture with noise."""
+
+from __future__ import annotations
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from models.frozen.detector import load_detector
+from models.frozen.landmarks import load_landmarker
+from pipelines.smoothing import (
+    blinks_kept,
+    eye_opening,
+    find_blinks,
+    fit_paths,
+    jitter,
+    measure,
+    runs,
+    smooth,
+    steady_boxes,
+)
+from tests.material import SHARED, needs_shared
+from tests.pipelines.test_geometry import box_of, face
+
+Floats = NDArray[np.float64]
+LIDS = {37: 41, 38: 40, 43: 47, 44: 46}
+"""Upper and lower points that meet when an eye closes."""
+
+
+def walking(count: int, closed: dict[int, float] | None = None) -> Floats:
+    """A head on a smooth path (n, 68, 2); ``closed`` gives how far its eyes are closed in some frames, 0 to 1."""
+    points = np.stack([face() + np.array([3.0 * i, 20 * np.sin(i / 9)]) for i in range(count)])
+    for i, share in (closed or {}).items():
+        for upper, lower in LIDS.items():
+            middle = (points[i, upper] + points[i, lower]) / 2
+            for point in (upper, lower):
+                points[i, point] += share * (middle - points[i, point])
+    return points
+
+
+def shaken(points: Floats, pixels: float, seed: int = 0) -> Floats:
+    return points + np.random.default_rng(seed).normal(0, pixels, points.shape)
+
+
+def test_runs_are_neighbours() -> None:
+    assert runs([]) == []
+    assert runs([4]) == [slice(0, 1)]
+    assert runs([3, 4, 5, 9, 11, 12]) == [slice(0, 3), slice(3, 4), slice(4, 6)]
+
+
+def test_jitter_is_what_the_formula_says() -> None:
+    points = shaken(walking(20), 1.0)
+    indices = [*range(8), *range(10, 22)]
+    total, count = 0.0, 0
+    for i in range(1, 19):
+        if indices[i + 1] - indices[i - 1] == 2:
+            for k in range(68):
+                bend = points[i + 1, k] - 2 * points[i, k] + points[i - 1, k]
+                total += float(np.hypot(*bend))
+                count += 1
+    eyes = [np.hypot(*(p[42:48].mean(axis=0) - p[36:42].mean(axis=0))) for p in points]
+    assert jitter(points, indices) == pytest.approx(total / count / np.median(eyes))
+    # the same in a picture of another size, and nothing where no three frames are neighbours
+    assert jitter(3 * points, indices) == pytest.approx(jitter(points, indices))
+    assert np.isnan(jitter(points, list(range(0, 40, 2))))
+    assert measure(points, None, list(range(0, 40, 2))) == {}
+
+
+def test_parabolas_stay_as_they_are() -> None:
+    time = np.arange(30.0)[:, None, None]
+    points = face() + time * [2.0, -1.0] + time**2 * [0.05, 0.1]
+    np.testing.assert_allclose(smooth(points, range(30)), points, atol=1e-9)
+    assert jitter(points, range(30)) == pytest.approx(
+        float(np.hypot(0.1, 0.2)) / np.linalg.norm(face()[42:48].mean(0) - face()[36:42].mean(0))
+    )
+
+
+def test_tremble_falls_to_a_third() -> None:
+    still = shaken(np.repeat(face()[None], 60, axis=0), 1.0)
+    assert jitter(smooth(still, range(60)), range(60)) < jitter(still, range(60)) / 3
+    path = walking(60)
+    moved = shaken(path, 1.0)
+    before = np.linalg.norm(moved - path, axis=-1).mean()
+    assert np.linalg.norm(smooth(moved, range(60)) - path, axis=-1).mean() < 0.8 * before
+
+
+@pytest.mark.parametrize("at", range(10, 14))
+def test_a_blink_of_two_frames_keeps_four_fifths_and_its_place(at: int) -> None:
+    blinking = walking(40, {at: 1.0, at + 1: 1.0})
+    share, lag = blinks_kept(blinking, smooth(blinking, range(40)), range(40))
+    assert 0.8 <= share <= 1.1
+    assert lag <= 1
+    # the wide window would not: this is what the test can see
+    wide = fit_paths(blinking, range(40), 7)
+    assert blinks_kept(blinking, wide, range(40))[0] < 0.7
+    late = np.concatenate([blinking[:1], blinking[:1], blinking[:-2]])
+    assert blinks_kept(blinking, late, range(40)) == (pytest.approx(1.0, abs=0.02), 2)
+
+
+def test_blinks_are_found_where_eyes_close() -> None:
+    closed = {10: 0.5, 11: 1.0, 12: 1.0, 13: 0.4, 30: 1.0, 31: 0.9} | dict.fromkeys(
+        range(45, 70), 0.9
+    )
+    opening = eye_opening(shaken(walking(80, closed), 0.3))
+    found = find_blinks(opening, range(80))
+    assert len(found) == 2  # eyes that stay closed do not blink
+    (one, low, end), (other, deep, last) = found
+    assert (one, end) == (9, 14)
+    assert low in (11, 12)
+    assert (other, deep, last) == (29, 30, 32)
+    assert find_blinks(eye_opening(walking(80)), range(80)) == []
+    # a dip that a gap cuts in two is none
+    assert find_blinks(opening[[*range(12), *range(20, 28)]], [*range(12), *range(20, 28)]) == []
+    assert np.isnan(blinks_kept(walking(9), walking(9), range(9))[0])
+
+
+def test_nothing_reaches_over_a_gap() -> None:
+    """Each stretch is smoothed as if it were alone, and too short ones are left as they are."""
+    points = shaken(walking(30), 1.0)
+    indices = [*range(12), *range(13, 28), 40, 41, 42]
+    whole = smooth(points, indices)
+    for part in (slice(0, 12), slice(12, 27)):
+        np.testing.assert_array_equal(whole[part], smooth(points[part], indices[part]))
+    np.testing.assert_array_equal(whole[27:], points[27:])
+    thinned = list(range(0, 180, 6))  # five frames a second of thirty
+    np.testing.assert_array_equal(smooth(points, thinned), points)
+
+
+def test_boxes_of_the_second_pass_follow_the_head() -> None:
+    """Detected boxes step about; the steady ones stay within what their median offset and size say."""
+    path = walking(60)
+    true = np.stack([box_of(points) for points in path])
+    draw = np.random.default_rng(0)
+    side = (true[:, 2] - true[:, 0])[:, None]
+    steps = draw.normal(0, 0.05, (60, 2)).repeat(2, axis=0).reshape(60, 4)
+    noisy = true + side * np.hstack([steps[:, :2], steps[:, :2]])
+    found = steady_boxes(shaken(path, 0.5), noisy, range(60))
+    assert np.abs(found - true).max() < 0.04 * side.max()
+    assert jitter_of_boxes(found) < jitter_of_boxes(noisy) / 10
+
+
+def jitter_of_boxes(boxes: Floats) -> float:
+    return float(np.abs(np.diff(boxes, n=2, axis=0)).mean())
+
+
+@pytest.mark.real
+@needs_shared
+@pytest.mark.parametrize("clip", ["kitchen_a", "franck_a"])
+def test_a_real_still_face_trembles_a_third_as_much(clip: str) -> None:
+    """One frame of a clip, filmed again and again with a sensor's noise: detected, located and located again."""
+    with av.open(str(SHARED / "videos" / f"{clip}.mp4")) as container:
+        frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    detector, landmarker = load_detector("dlib", 100), load_landmarker("dlib")
+    left, top, right, bottom = detector.detect(frame)[0, :4].astype(int)
+    margin = right - left
+    frame = frame[max(0, top - margin) : bottom + margin, max(0, left - margin) : right + margin]
+    draw = np.random.default_rng(0)
+    boxes, raw, pictures = [], [], []
+    for _ in range(20):
+        noisy = np.clip(frame + draw.normal(0, 4, frame.shape), 0, 255).astype(np.uint8)
+        boxes.append(detector.detect(noisy)[0, :4])
+        raw.append(landmarker.locate(noisy, boxes[-1][None])[0].astype(float))
+        pictures.append(noisy)
+    steady = steady_boxes(np.stack(raw), np.stack(boxes), range(20))
+    again = [landmarker.locate(*pair)[0] for pair in zip(pictures, steady[:, None], strict=True)]
+    smoothed = smooth(np.stack(again).astype(float), range(20))
+    assert jitter(np.stack(raw), range(20)) > 3 * jitter(smoothed, range(20)) > 0

@@ -1,0 +1,131 @@
+"""Trainings on real Ray workers: two are one, and a worker that is killed leaves no trace in the numbers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import boto3
+import pytest
+import ray
+import ray.train
+import ray.train.v2.api.data_parallel_trainer as trainer_module
+import s3fs
+import torch
+from moto.server import ThreadedMotoServer
+
+from pipelines import checkpoints, training
+from pipelines.output import NothingUsableError
+from pipelines.training import ClusterConfig
+from tests.material import REPOSITORY
+from tests.pipelines.test_training import SHORT, assert_same, losses, tensors, toy_training
+from tests.toy_learner import (
+    ToyConfig,
+    ToyLearner,
+    ToyLearnerConfig,
+    ToySamples,
+)
+
+pytestmark = pytest.mark.slow
+
+PAIR = ClusterConfig(num_workers=2, cpus_per_worker=1, max_failures=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster() -> Iterator[None]:
+    """Two workers' worth of Ray. The clean-up of placement groups waits 12 s for nothing in every run: shortened."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(
+        trainer_module,
+        "PlacementGroupCleanerCallback",
+        functools.partial(trainer_module.PlacementGroupCleanerCallback, stop_timeout=0.5),
+    )
+    patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    patch.setenv("PYTHONPATH", str(REPOSITORY))
+    server = ThreadedMotoServer(
+        ip_address="127.0.0.1", port=0
+    )  # before Ray: its workers inherit the environment
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in (
+        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+        ("AWS_ACCESS_KEY_ID", "testing"),
+        ("AWS_SECRET_ACCESS_KEY", "testing"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        patch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # of a server of another test
+    boto3.client("s3").create_bucket(Bucket="headray")
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+        logging_level="ERROR", object_store_memory=120 * 2**20,
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+    server.stop()
+    patch.undo()
+
+
+def test_two_workers_are_one(tmp_path: Path) -> None:
+    """Loss and gradients of the first update, in float64. Adam's first moment after one step is 0.1 x the gradient."""
+    samples = ToySamples(double=True)
+    fields = {
+        "build": partial(ToyLearner, ToyLearnerConfig(network=ToyConfig(double=True))),
+        "config": replace(SHORT, samples=4),
+    }
+    one = training.run(toy_training(tmp_path / "one", samples, **fields))
+    two = training.run(toy_training(tmp_path / "two", samples, cluster=PAIR, **fields))
+    assert losses(one).keys() == losses(two).keys() >= {"loss/l1", "loss/discriminator"}
+    for name, value in losses(one).items():
+        assert losses(two)[name] == pytest.approx(value, rel=1e-8), name
+    first, second = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    gradients = [name for name in first if name.endswith("exp_avg")]
+    assert sum(bool(first[name].abs().max() > 0) for name in gradients) >= 5
+    for name in gradients:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-8, atol=1e-12)
+
+
+def test_killed_workers_leave_no_trace_in_the_numbers(tmp_path: Path) -> None:
+    """The first killed worker is replaced; the second ends the run, and the same command goes on."""
+    undisturbed = training.run(toy_training(tmp_path / "whole", cluster=PAIR))
+    killed = ToySamples(kill_at=(18, 31), markers=str(tmp_path))
+    disturbed = toy_training(tmp_path / "disturbed", killed, cluster=replace(PAIR, max_failures=1))
+    with pytest.raises(ray.train.TrainingFailedError):
+        training.run(disturbed)
+    assert (tmp_path / "18").read_text() == "1"
+    assert (tmp_path / "31").read_text() == "1"
+    assert checkpoints.samples_of(checkpoints.newest(disturbed.output)) == 24
+    outcome = training.run(disturbed)
+    assert_same(tmp_path / "whole", tmp_path / "disturbed")
+    assert losses(outcome) == losses(undisturbed)
+
+
+def test_a_number_that_is_none_on_one_worker_stops_both() -> None:
+    """The second worker's sample; no retry, since it would end the same. The output is a bucket."""
+    healing = replace(PAIR, max_failures=3)
+    output = "s3://headray/runs/crash"
+    crash = toy_training(output, ToySamples(nan_at=31), cluster=healing)
+    with pytest.raises(NothingUsableError, match=r"loss/l1 = nan.*toy-30, toy-31 after 28"):
+        training.run(crash)
+    assert checkpoints.listed(output) == ["000000000000012.pt", "000000000000024.pt"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_are_one(tmp_path: Path) -> None:
+    """NCCL: the same global batch on one GPU and on two, float64."""
+    samples = ToySamples(double=True)
+    fields = {
+        "build": partial(ToyLearner, ToyLearnerConfig(network=ToyConfig(double=True))),
+        "config": replace(SHORT, samples=4),
+    }
+    ray.shutdown()
+    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False)
+    pair = replace(PAIR, gpu="yes")
+    one = training.run(toy_training(tmp_path / "one", samples, **fields))
+    two = training.run(toy_training(tmp_path / "two", samples, cluster=pair, **fields))
+    for name, value in losses(one).items():
+        assert losses(two)[name] == pytest.approx(value, rel=1e-8), name
