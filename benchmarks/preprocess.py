@@ -47,7 +47,8 @@ from pipelines import (  # noqa: E402
     shards,
     tracks,
 )
-from pipelines.preprocess import PreprocessConfig, Progress  # noqa: E402
+from pipelines.preprocess import PreprocessConfig  # noqa: E402
+from pipelines.progress import Progress  # noqa: E402
 from pipelines.schema import Member, Video  # noqa: E402
 
 if TYPE_CHECKING:
