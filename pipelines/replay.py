@@ -175,8 +175,14 @@ def stop_after(config: PreprocessConfig, videos: Iterable[Video], progress: Prog
 def _save(row: VideoRow, folder: str) -> dict[str, Any]:
     save_row(row, folder)
     video, _ = from_row(row)
-    frames = sum(len(track.times) for track in video.tracks if track.state == "open")
-    return {"key": video.key, "state": video.state, "cause": video.cause, "frames": frames}
+    return {
+        "key": video.key,
+        "state": video.state,
+        "cause": video.cause,
+        "frames": video.frames,
+        "seconds": json.dumps(video.seconds),
+        "stage_frames": json.dumps(video.stage_frames),
+    }
 
 
 def saved_keys(config: PreprocessConfig) -> list[str]:
