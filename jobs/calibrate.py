@@ -28,7 +28,7 @@ from rich.progress import track
 from jobs import runtime, train_aligner
 from models.aligner.learner import AlignerLearnerConfig, calibrated
 from pipelines import shards, storage
-from pipelines.samples import SamplesConfig, aligner_batches
+from pipelines.samples_aligner import AlignerSamplesConfig, aligner_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class CalibrateConfig:
     """Pictures to measure on."""
     learner: AlignerLearnerConfig = field(default_factory=AlignerLearnerConfig)
     """Names the networks and their layers."""
-    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    samples: AlignerSamplesConfig = field(default_factory=AlignerSamplesConfig)
     """What is drawn from the dataset."""
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from models import bundle
 from models.aligner.network import Aligner
 from models.frozen.vgg import Vgg19Features
 from pipelines import checkpoints
-from pipelines.samples import aligner_batches
+from pipelines.samples_aligner import aligner_batches
 from tests.material import REPOSITORY, SHARED, needs_shared
 from tests.pipelines.test_training import assert_same
 from tests.runs import ONE_THREAD, run_job, start_job
