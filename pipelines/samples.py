@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from models.frozen.parsing import ParsingLabel
+from pipelines import annotate
 from pipelines.geometry import Floats, Image, invert
 from pipelines.reader import Reader
 from pipelines.schema import npy_array
@@ -71,7 +71,6 @@ class HeldOutConfig:
 
 # --- draws ------------------------------------------------------------------------------------------------------
 
-MOST_LABEL = int(max(ParsingLabel))
 Frame = tuple[int, int]
 """Number of a track in its :class:`Reader`, and of a frame in the track."""
 
@@ -124,22 +123,13 @@ def reduce(image: Any, size: int) -> Image:
 
 def decode_labels(png: bytes, window: int, size: int, key: str) -> NDArray[np.uint8]:
     """Labels (size, size) of a PNG of ``window`` pixels. Raises :class:`DatasetError` naming ``key`` and what is wrong."""
-    labels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED) if png else None
-    if labels is None:
-        raise DatasetError(f"{key}: its labels are not a PNG")
-    if labels.ndim != 2 or labels.dtype != np.uint8:
-        kind = f"{labels.shape[2]} channels" if labels.ndim == 3 else f"{labels.dtype} values"
-        raise DatasetError(
-            f"{key}: its labels have {kind}; one channel of 8 bits is needed whose values are the labels, not a coloured"
-            " picture of them"
-        )
+    try:
+        labels = annotate.decode_labels(png)
+    except ValueError as error:
+        raise DatasetError(f"{key}: {error}") from None
     if labels.shape != (window, window):
         raise DatasetError(
             f"{key}: its labels are {labels.shape[1]} x {labels.shape[0]} pixels, its picture {window} x {window}"
-        )
-    if labels.max() > MOST_LABEL:
-        raise DatasetError(
-            f"{key}: its labels have the value {labels.max()}; the labels are 0 to {MOST_LABEL}"
         )
     resized = cv2.resize(labels, (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
     return cast(NDArray[np.uint8], resized)

@@ -91,16 +91,21 @@ class BlenderLearnerConfig:
             raise ValueError("perceptual_weights have no effect while perceptual is none")
 
 
-def calibrate(config: BlenderLearnerConfig, images: Iterable[Tensor]) -> BlenderLearnerConfig:
-    """The config with λ_l measured on batches (b, 3, S, S) in [-1, 1] of real pictures, 256 in all or so.
+@torch.no_grad()
+def calibrate(
+    config: BlenderLearnerConfig,
+    images: Iterable[Tensor],
+    device: torch.device | str = "cpu",
+) -> BlenderLearnerConfig:
+    """The config with λ_l measured, on ``device``, on batches (b, 3, S, S) in [-1, 1] of real pictures, 256 in all or so.
 
     Raises:
         WeightsError: the perceptual network's weights are missing or wrong.
     """
     if config.perceptual == "none":
         return config
-    vgg = Vgg19Features(PERCEPTUAL_LAYERS[config.perceptual], config.perceptual)
-    weights = losses.calibrated_weights(vgg(batch) for batch in images)
+    vgg = Vgg19Features(PERCEPTUAL_LAYERS[config.perceptual], config.perceptual).to(device)
+    weights = losses.calibrated_weights(vgg(batch.to(device)) for batch in images)
     return replace(config, perceptual_weights=weights)
 
 
