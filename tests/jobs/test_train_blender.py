@@ -99,7 +99,7 @@ def test_everything_is_where_the_summary_says(undisturbed: tuple[Path, str]) -> 
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
-    assert client.get_model_version_by_alias("headray-blender", "candidate").version == "1"
+    assert str(client.get_model_version_by_alias("headray-blender", "candidate").version) == "1"
 
 
 @pytest.mark.slow

@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from models.blender.batch import BlenderBatch
 from models.blender.features import FeatureExtractor
 from models.blender.learner import (
     PREVIEW_COLUMNS,
@@ -87,6 +89,53 @@ def test_micro_batches_give_the_step_of_the_whole_batch():
         first, second = whole.train_step(batch, step), parts.train_step(batch, step)
         for name in first:
             torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)
+
+
+def in_double(one: BlenderLearner) -> BlenderLearner:
+    """The same learner in float64, where sums in another order agree to 1e-9."""
+    one.networks.double()
+    return one
+
+
+def doubled(batch: BlenderBatch) -> BlenderBatch:
+    """The same batch in float64, label maps as they are."""
+    wide = {name: x.double() for name, x in batch.tensors().items() if x.is_floating_point()}
+    return replace(batch, **wide)
+
+
+def trained_rank(rank: int, folder: str) -> None:
+    """Two steps on this rank's half of the batch, in two micro-batches, behind DistributedDataParallel."""
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = replace(CONFIG, accumulate=2)
+    one = BlenderLearner(
+        config, wrap=lambda network: DistributedDataParallel(network.double()), device=CPU
+    )
+    half = doubled(drawn_batch(4)).chunk(2)[rank]
+    for step in range(2):
+        in_double(one).train_step(half, 4 * step)
+    torch.save(one.networks.state_dict(), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one(tmp_path):
+    """Labels, masks and draws differ from sample to sample: every term must be a mean over samples."""
+    torch.multiprocessing.spawn(trained_rank, (str(tmp_path),), nprocs=2)
+    one = in_double(learner())
+    before = {name: value.clone() for name, value in one.networks.state_dict().items()}
+    for step in range(2):
+        one.train_step(doubled(drawn_batch(4)), 4 * step)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    expected = one.networks.state_dict()
+    assert set(ranks[0]) == set(ranks[1]) == set(expected)
+    assert sum(not torch.equal(before[name], value) for name, value in expected.items()) > 100
+    for name, value in expected.items():
+        for found in ranks:
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-9, msg=name)
 
 
 def test_half_precision_stays_near_full_precision():
