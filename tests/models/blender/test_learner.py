@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 
@@ -242,7 +243,7 @@ def test_one_real_frame_is_learned(size, steps):
         if size > REAL_SIZE and step % 20 == 19:
             scores = one.eval_step(batch)
             told = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-            print(f"{step + 1} steps, {time.perf_counter() - started:.0f} s: {told}", flush=True)
+            sys.stdout.write(f"{step + 1} steps, {time.perf_counter() - started:.0f} s: {told}\n")
             if scores["score/psnr_painted"] > 26:
                 break
     after = one.eval_step(batch)
