@@ -25,6 +25,7 @@ import tyro
 from jobs import runtime
 from models import bundle
 from models.aligner.learner import AlignerLearner, AlignerLearnerConfig
+from models.blender.learner import BlenderLearner, BlenderLearnerConfig
 from pipelines import checkpoints, journal, storage, tracking
 from pipelines.output import CONFIG
 from pipelines.training import Learner
@@ -53,7 +54,17 @@ def aligner(config: Mapping[str, Any]) -> Learner[Any]:
     return AlignerLearner(learner, wrap=lambda network: network, device=torch.device("cpu"))
 
 
-LEARNERS: dict[str, Callable[[Mapping[str, Any]], Learner[Any]]] = {"train_aligner": aligner}
+def blender(config: Mapping[str, Any]) -> Learner[Any]:
+    """The learner of a train_blender job, without the network that measures its loss; the trunk is in the checkpoint."""
+    learner = bundle.rebuild(BlenderLearnerConfig, config["learner"])
+    learner = replace(learner, random_init=True, perceptual="none", perceptual_weights=())
+    return BlenderLearner(learner, wrap=lambda network: network, device=torch.device("cpu"))
+
+
+LEARNERS: dict[str, Callable[[Mapping[str, Any]], Learner[Any]]] = {
+    "train_aligner": aligner,
+    "train_blender": blender,
+}
 """By the name of the job."""
 
 

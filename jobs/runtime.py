@@ -384,13 +384,48 @@ def summarise_training(
     )
 
 
-def fetch_bundle(uri: str, output: str) -> str:
-    """A bundle where all workers can read it: one of the registry is copied to ``OUTPUT/work/init``, others stay."""
+def fetch_bundle(uri: str, output: str, name: str) -> str:
+    """A bundle where all workers can read it: one of the registry is copied to ``OUTPUT/work/NAME``, once, so that a run goes on
+    with what it began with; others stay where they are."""
     if not uri.startswith("models:/"):
         return uri
-    found = tracking.find_bundle(uri)
-    place = storage.join(output, WORK, "init")
-    for name in storage.names_below(found):
-        content = storage.read_bytes(storage.join(found, name))
-        storage.write_atomic(storage.join(place, name), content)
+    from models import bundle  # torch: not for every job
+
+    place = storage.join(output, WORK, name)
+    if not storage.exists(storage.join(place, bundle.CONFIG)):
+        found = tracking.find_bundle(uri)
+        for file in (bundle.MODEL, bundle.CARD, bundle.PREVIEW, bundle.CONFIG):
+            content = storage.read_bytes(storage.join(found, file))
+            storage.write_atomic(storage.join(place, file), content)
     return place
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What jobs/calibrate.py measures: how much each layer counts when features are compared."""
+
+    vgg: str
+    """Network, or ``none``."""
+    vgg_layers: tuple[str, ...]
+    vgg_weights: tuple[float, ...]
+    """λ_l, one a layer."""
+    identity: str = ""
+    """Identity network of an Aligner."""
+    identity_weights: tuple[float, ...] = ()
+    """λ_l, one a stage."""
+
+
+def read_calibration(uri: str) -> Calibration:
+    """A file of jobs/calibrate.py; anything else is usage."""
+    uri = location("calibration", uri)
+    try:
+        told = json.loads(storage.read_bytes(uri))
+        return Calibration(
+            vgg=told["vgg"],
+            vgg_layers=tuple(told["vgg_layers"]),
+            vgg_weights=tuple(told["vgg_weights"]),
+            identity=told["identity"],
+            identity_weights=tuple(told["identity_weights"]),
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        usage(f"--calibration {uri}: not a file of jobs/calibrate.py ({error!r})")
