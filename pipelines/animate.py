@@ -149,7 +149,7 @@ def read_landmarks(uri: str, fps: float) -> Followed:
     times = [float(index / rate) for index in range(len(points))]
     causes = [FOUND if good else "no landmarks given" for good in known]
     points[~known] = np.nan
-    return Followed(points, times, causes, rate, sound=False)
+    return Followed(points, times, causes, rate, sound=False, decoded=len(points))
 
 
 def fit(drive: Followed, source: Floats, config: AnimateConfig, size: int, count: int) -> Points:

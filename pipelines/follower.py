@@ -67,6 +67,8 @@ class Followed:
     """Average frames per second."""
     sound: bool
     """Whether the file has any."""
+    decoded: int
+    """Frames that decode; the others, at the end, are lost to damage."""
 
 
 class Follower:
@@ -202,15 +204,17 @@ def follow_video(
             if time.monotonic() - last_told > 30:
                 progress(f"landmarks of {len(causes)} of {found.frames} frames")
                 last_told = time.monotonic()
+        decoded = len(causes)
     except VideoError as error:
         if not causes:
             raise ConfigError(f"{told}: {error}") from error
-        missing = found.frames - len(causes)
+        decoded = len(causes)
+        missing = found.frames - decoded
         step = 1 / found.fps
         times += [times[-1] + step * (1 + index) for index in range(missing)]
         causes += [str(error)] * missing
     rate = Fraction(found.fps or 25).limit_denominator(1001)
-    return Followed(landmarks, times, causes, rate, found.audio)
+    return Followed(landmarks, times, causes, rate, found.audio, decoded)
 
 
 def _follow(
