@@ -1,6 +1,7 @@
 """One picture of a face and somebody's motion → a video of the face moving so.
 
-Of the driving video only its landmarks, its clock and its sound are used: it is decoded once, to a kilobyte a frame. Pictures
+Of the driving video only its landmarks, its clock and its sound are used: a kilobyte a frame. They are located twice and
+smoothed, as those of the training clips are (:mod:`pipelines.smoothing`), or the picture trembles with the detector. Pictures
 stream through generator and encoder, so memory hardly grows with the video. What depends on the source alone is computed
 once (``Motion.prepare``), each frame costs the decoders (``Motion.drive``).
 
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from models.frozen.detector import DetectorName, load_detector
 from models.frozen.landmarks import LandmarkerName, load_landmarker
 from models.motion.layout import with_pupils
-from pipelines import storage, tracking
+from pipelines import smoothing, storage, tracking
 from pipelines.adaptation import Mode, Points, Pose, adapt
 from pipelines.crops import LandmarkGate, implausible
 from pipelines.geometry import (
@@ -81,6 +82,8 @@ class AnimateConfig:
     """Finds faces."""
     landmarker: LandmarkerName = "dlib"
     """Finds their points."""
+    smooth: bool = True
+    """Take the tremble out of a driving video's landmarks, leave blinks; the video is decoded twice."""
     batch: int = 8
     """Frames generated at once."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -155,10 +158,22 @@ class Follower:
             if overlaps.max() < SAME_FACE:
                 return None, "another face"
             chosen = boxes[int(overlaps.argmax())]
-        points = self._landmarker.locate(image, chosen[None])[0].astype(np.float64)
-        if wrong := implausible(points, chosen, self._gate):
+        points, cause = self.locate(image, np.asarray(chosen, np.float64))
+        if points is not None:
+            self._box, self._seen = np.asarray(chosen, np.float64), at
+        return points, cause
+
+    @property
+    def box(self) -> Floats:
+        """(4,) where the face was last found."""
+        assert self._box is not None
+        return self._box
+
+    def locate(self, image: Image, box: Floats) -> tuple[Points | None, str]:
+        """The points (68, 2) of the face in a known box (4,), or None and why they are none."""
+        points = self._landmarker.locate(image, box[None].astype(np.float32))[0].astype(np.float64)
+        if wrong := implausible(points, box, self._gate):
             return None, f"implausible landmarks: {wrong}"
-        self._box, self._seen = np.asarray(chosen, np.float64), at
         return points, FOUND
 
     def _near(self, image: Image) -> NDArray[np.float32]:
@@ -247,14 +262,18 @@ def follow_video(
         found = probe(path)
     except VideoError as error:
         raise ConfigError(f"--driving {config.driving}: {error}") from error
+    follower = Follower(config, (found.width, found.height))
     landmarks = np.full((found.frames, 68, 2), np.nan)
+    boxes = np.full((found.frames, 4), np.nan)
     causes: list[str] = []
     times: list[float] = []
+    missing = 0
     last_told = time.monotonic()
     try:
-        for index, at, points, cause in _follow(config, path, found):
+        for index, at, image in _images(path, found, found.frames):
+            points, cause = follower.find(image, at)
             if points is not None:
-                landmarks[index] = points
+                landmarks[index], boxes[index] = points, follower.box
             causes.append(cause)
             times.append(at)
             if time.monotonic() - last_told > 30:
@@ -267,19 +286,45 @@ def follow_video(
         step = 1 / found.fps
         times += [times[-1] + step * (1 + index) for index in range(missing)]
         causes += [str(error)] * missing
+    if config.smooth and FOUND in causes:
+        steady(follower, _images(path, found, len(times) - missing), landmarks, boxes, causes)
     rate = Fraction(found.fps or config.fps).limit_denominator(1001)
     return Drive(landmarks, times, causes, rate, found.audio)
 
 
-def _follow(
-    config: AnimateConfig, path: Path, found: VideoInfo
-) -> Iterator[tuple[int, float, Points | None, str]]:
-    follower = Follower(config, (found.width, found.height))
-    every = range(found.frames)
+def steady(
+    follower: Follower,
+    images: Iterator[tuple[int, float, Image]],
+    landmarks: Points,
+    boxes: Floats,
+    causes: list[str],
+) -> None:
+    """The second pass, in place: points located anew in boxes that move smoothly, then smoothed along their paths.
+
+    Args:
+        follower: locates.
+        images: of :func:`_images`, again.
+        landmarks: (n, 68, 2) of the first pass, NaN where the face is lost.
+        boxes: (n, 4) in which they were found.
+        causes: (n) why the face is lost, or ``FOUND``; a face that the second pass does not believe is lost, too.
+    """
+    known = [index for index, cause in enumerate(causes) if cause == FOUND]
+    boxes[known] = smoothing.steady_boxes(landmarks[known], boxes[known], known)
+    for index, _, image in images:
+        if causes[index] == FOUND:
+            points, causes[index] = follower.locate(image, boxes[index])
+            landmarks[index] = np.nan if points is None else points
+    known = [index for index, cause in enumerate(causes) if cause == FOUND]
+    if known:
+        landmarks[known] = smoothing.smooth(landmarks[known], known)
+
+
+def _images(path: Path, found: VideoInfo, count: int) -> Iterator[tuple[int, float, Image]]:
+    """Index, time and picture of the first ``count`` frames."""
     with Decoder() as decoder:
-        for frame in decoder.read(path, found, ranges=[(0, found.frames)], images=every):
+        for frame in decoder.read(path, found, ranges=[(0, count)], images=range(count)):
             assert frame.image is not None
-            yield frame.index, frame.time, *follower.find(frame.image, frame.time)
+            yield frame.index, frame.time, frame.image
 
 
 def fit(drive: Drive, source: Floats, config: AnimateConfig, size: int, count: int) -> Points:
