@@ -319,6 +319,9 @@ def configure_ray_data(config: PreprocessConfig) -> None:
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 64 * 2**20
     context.raise_original_map_exception = True  # so that a PlaceError arrives here as one
+    # An actor loads its networks for seconds. Ray would end one that is busy for less than half of the time, and start it
+    # again half a minute later, all along the run; now only one that has nothing at all to do.
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.0
     patience = download.manners_towards("", config.download).patience_seconds
     deadlines = 3 * config.download.deadline_seconds
     context.execution_no_progress_timeout_s = max(1800, int(deadlines + patience))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -174,6 +175,30 @@ def test_wrong_arguments_are_one_line(
     assert told in line
     assert len(line.splitlines()) == 1
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_changed_shard_and_missing_weights_are_one_line(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(dataset, tmp_path / "copy")
+    shard = min((tmp_path / "copy" / "shards").glob("train-*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    flags = ["smoke", f"--dataset={tmp_path / 'copy'}", f"--output={tmp_path}/out"]
+    line = fails(monkeypatch, capsys, *flags, "--samples.check-hashes")
+    assert shard.name in line
+    assert "sha256" in line
+    assert len(line.splitlines()) == 1
+
+    monkeypatch.setenv("HEADRAY_WEIGHTS", str(tmp_path / "nowhere"))
+    line = fails(monkeypatch, capsys, *flags, "--learner.vgg=vgg_normalised_conv3_1")
+    assert "vgg" in line
+    assert "nowhere" in line
+    assert len(line.splitlines()) == 1
 
 
 @pytest.mark.real
