@@ -88,6 +88,7 @@ def read_list(
     *,
     url_template: str = YOUTUBE,
     allow_local: bool = False,
+    both_sides: bool = False,
 ) -> Iterator[Video]:
     """Open a list and return its videos, sorted by identity and video; parsing happens while iterating.
 
@@ -97,6 +98,7 @@ def read_list(
         url_template: makes the URL of a VoxCeleb video; ``{video}`` stands for its id.
         allow_local: let a table name files, in ``path`` or as ``file://``. Off, a list from elsewhere cannot read
             this disk. A ``folder`` needs no permission: the user named it.
+        both_sides: keep both sides of a video that ``vox-metadata.csv`` lists for training and for testing.
 
     Raises:
         ListError: at once if nothing usable is there; while iterating if reading breaks off.
@@ -104,7 +106,7 @@ def read_list(
     if list_format not in get_args(ListFormat):
         known = ", ".join(get_args(ListFormat))
         raise ListError(f"{shown(uri)}: unknown format {list_format!r}: use one of {known}")
-    videos = _videos(uri, list_format, url_template, allow_local)
+    videos = _videos(uri, list_format, url_template, allow_local=allow_local, both_sides=both_sides)
     first = next(videos, None)
     if first is None:
         raise ListError(f"{shown(uri)}: the list is empty (read as {list_format})")
@@ -112,13 +114,15 @@ def read_list(
 
 
 def _videos(
-    uri: str, list_format: ListFormat, url_template: str, allow_local: bool
+    uri: str, list_format: ListFormat, url_template: str, *, allow_local: bool, both_sides: bool
 ) -> Iterator[Video]:
     fs, path = open_location(uri)
     try:
         kind = _detect(fs, path) if list_format == "auto" else list_format
         if kind in ("table", "vox-metadata"):
-            yield from table_videos(fs, path, list_format, url_template, allow_local)
+            yield from table_videos(
+                fs, path, list_format, url_template, allow_local=allow_local, both_sides=both_sides
+            )
         elif kind == "folder":
             yield from folder_videos(fs, path)
         elif kind == "files":

@@ -80,7 +80,9 @@ def measure(
     for batch in batches:
         made, _ = model(batch.source, batch.source_landmarks, batch.driving_landmarks)
         for source, driving, generated in zip(batch.source, batch.driving, made, strict=True):
-            pixels.append([float((each - driving).abs().mean()) / 2 for each in (generated, source)])
+            pixels.append(
+                [float((each - driving).abs().mean()) / 2 for each in (generated, source)]
+            )
             if find:
                 wanted, own, still = find(driving), find(generated), find(source)
                 missed += wanted is not None and own is None
