@@ -37,7 +37,7 @@ from pipelines.tracking import TrackingError
 from pipelines.voxceleb import ListError
 
 if TYPE_CHECKING:
-    from pipelines.training import Batches, Build, ClusterConfig, HeldOut, Training
+    from pipelines.training import Batches, Build, ClusterConfig, Film, HeldOut, Training
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DONE, FAULT, USAGE, NOTHING = 0, 1, 2, 3
@@ -236,6 +236,7 @@ def train(
     batches: Batches,
     held_out: HeldOut,
     remarks: Sequence[str],
+    film: Film | None = None,
 ) -> None:
     """What every training job does once it has checked its configuration: lock, record, connect, train, summarise.
 
@@ -246,6 +247,7 @@ def train(
         batches: to train on.
         held_out: to evaluate on.
         remarks: what the summary says of the training beside its numbers.
+        film: shown of each evaluation.
     """
     from pipelines import checkpoints, journal, training
 
@@ -262,6 +264,7 @@ def train(
             build=build,
             batches=batches,
             held_out=held_out,
+            film=film,
             config=config.training,
             cluster=config.cluster,
             health=config.health,
@@ -322,8 +325,14 @@ def prepare_training(name: str, config: Any) -> dict[str, Any]:
     return {
         "store": tracking.find_store(config.output, submitted()),
         "model_name": f"headray-{name}",
-        "card": {"model": name, "dataset": dataclasses.asdict(lineage), "code": code},
+        "card": {"model": name, "dataset": dataclasses.asdict(lineage), "code": code}
+        | stage_of(written["config"]),
     }
+
+
+def stage_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a bundle's card says of a training in stages, from the configuration as it is written; of others nothing."""
+    return {name: config["learner"][name] for name in ("stage",) if name in config["learner"]}
 
 
 def require_reach(cluster: ClusterConfig) -> None:

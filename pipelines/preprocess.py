@@ -239,6 +239,7 @@ def open_list(config: PreprocessConfig) -> Iterator[Video]:
         config.input_format,
         url_template=config.download.url_template,
         allow_local=config.download.allow_local,
+        both_sides=config.identities.split == "legacy",
     )
     if config.download.from_downloads:
         videos = archive.take_from(config.download.from_downloads, videos)
@@ -572,7 +573,8 @@ class Samples:
             if row["key"] not in gone:
                 part = f"{row['identity']}-{row['video']}"
                 place = {name: row[name] for name in ("key", "sha256", "offset", "length")}
-                yield splits[row["identity"]], row["identity"], shards.Slice(part=part, **place)
+                side = identities.side_of(splits, row["identity"], row["video"])
+                yield side, row["identity"], shards.Slice(part=part, **place)
 
 
 def gather(
@@ -601,7 +603,9 @@ def gather(
                 for candidate in candidates_of(commit):
                     people.append(candidate)
                     yield sample_row(commit, candidate)
-            copies = quality.find_duplicates(people, config.quality)
+            copies = {}
+            if config.identities.split == "clean":  # the other has copies on both sides
+                copies = quality.find_duplicates(people, config.quality)
             single = [track for track in people if track.key not in copies]
             single.sort(key=lambda track: (track.video, track.key))
             gone.update(copies)
@@ -666,7 +670,7 @@ def decisions(
     told = {}
     for key in commit.slices:
         cause, detail = gone.get(key, ("", ""))
-        split = video.split if cause else splits[video.identity]
+        split = video.split if cause else identities.side_of(splits, video.identity, video.video)
         told[key] = (split, str(cause), detail)
     return told
 
