@@ -26,7 +26,7 @@ import tyro
 from rich.table import Table
 
 from jobs import runtime
-from pipelines import forecast, preprocess, replay, report, shards, storage, tracking
+from pipelines import forecast, nodes, preprocess, replay, report, shards, storage, tracking
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig, manners_towards
 from pipelines.forecast import Forecast, Range
@@ -104,9 +104,12 @@ def publish(
     manners = manners_towards("", config.download)
     with tracking.open_run(store, "headray-preprocess", flat, tags) as run:
         runtime.connect(config.minimum_cpus)
-        with Progress(
-            runtime.console.print, record=run.series, watch=partial(find_pauses, manners)
-        ) as progress:
+        with (
+            nodes.Timeline(runtime.console.print),
+            Progress(
+                runtime.console.print, record=run.series, watch=partial(find_pauses, manners)
+            ) as progress,
+        ):
             try:
                 outcome = preprocess.run(config, videos, progress)
             except NothingUsableError as error:
