@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -21,7 +22,7 @@ import tyro
 from rich.console import Console
 
 from models.frozen.weights import WeightsError
-from pipelines import shards, storage, tracking
+from pipelines import nodes, shards, storage, tracking
 from pipelines.download import public, public_url
 from pipelines.output import (
     CONFIG,
@@ -285,7 +286,10 @@ def train(
                 require_reach(config.cluster)
             priced = config.cluster.price_per_worker_hour > 0
             try:
-                with journal.Watch(config.output, priced, console.print):
+                with (
+                    cluster_told(config.cluster),
+                    journal.Watch(config.output, priced, console.print),
+                ):
                     training.run(work)
             except BaseException as error:
                 status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
@@ -293,6 +297,13 @@ def train(
                 raise
         waiting = close_run(work)
     summarise_training(work, time.perf_counter() - started, waiting, remarks)
+
+
+def cluster_told(cluster: ClusterConfig) -> AbstractContextManager[object]:
+    """Context that tells which nodes come and go, where there is a cluster at all."""
+    from pipelines import training
+
+    return nullcontext() if training.is_local(cluster) else nodes.Timeline(console.print)
 
 
 def prepare_training(name: str, config: Any) -> dict[str, Any]:

@@ -287,7 +287,7 @@ def test_lost_frames_hold_the_last_picture_and_pull_no_other() -> None:
 def test_the_driver_is_seen_in_a_window_of_the_whole_clip(tmp_path: Path) -> None:
     points = walking(5)
     drive = Followed(
-        points, [0.0] * 5, [FOUND, "no face", FOUND, FOUND, FOUND], Fraction(25), False
+        points, [0.0] * 5, [FOUND, "no face", FOUND, FOUND, FOUND], Fraction(25), False, 5
     )
     source = FACE_68 * 60 + 128
     config = settings(tmp_path, "none", "none", "none", mode="absolute")
