@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -21,7 +22,7 @@ import tyro
 from rich.console import Console
 
 from models.frozen.weights import WeightsError
-from pipelines import shards, storage, tracking
+from pipelines import nodes, shards, storage, tracking
 from pipelines.download import public, public_url
 from pipelines.output import (
     CONFIG,
@@ -37,7 +38,7 @@ from pipelines.tracking import TrackingError
 from pipelines.voxceleb import ListError
 
 if TYPE_CHECKING:
-    from pipelines.training import Batches, Build, ClusterConfig, HeldOut, Training
+    from pipelines.training import Batches, Build, ClusterConfig, Film, HeldOut, Training
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DONE, FAULT, USAGE, NOTHING = 0, 1, 2, 3
@@ -236,6 +237,7 @@ def train(
     batches: Batches,
     held_out: HeldOut,
     remarks: Sequence[str],
+    film: Film | None = None,
 ) -> None:
     """What every training job does once it has checked its configuration: lock, record, connect, train, summarise.
 
@@ -246,6 +248,7 @@ def train(
         batches: to train on.
         held_out: to evaluate on.
         remarks: what the summary says of the training beside its numbers.
+        film: shown of each evaluation.
     """
     from pipelines import checkpoints, journal, training
 
@@ -262,6 +265,7 @@ def train(
             build=build,
             batches=batches,
             held_out=held_out,
+            film=film,
             config=config.training,
             cluster=config.cluster,
             health=config.health,
@@ -282,7 +286,10 @@ def train(
                 require_reach(config.cluster)
             priced = config.cluster.price_per_worker_hour > 0
             try:
-                with journal.Watch(config.output, priced, console.print):
+                with (
+                    cluster_told(config.cluster),
+                    journal.Watch(config.output, priced, console.print),
+                ):
                     training.run(work)
             except BaseException as error:
                 status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
@@ -290,6 +297,13 @@ def train(
                 raise
         waiting = close_run(work)
     summarise_training(work, time.perf_counter() - started, waiting, remarks)
+
+
+def cluster_told(cluster: ClusterConfig) -> AbstractContextManager[object]:
+    """Context that tells which nodes come and go, where there is a cluster at all."""
+    from pipelines import training
+
+    return nullcontext() if training.is_local(cluster) else nodes.Timeline(console.print)
 
 
 def prepare_training(name: str, config: Any) -> dict[str, Any]:
@@ -322,8 +336,14 @@ def prepare_training(name: str, config: Any) -> dict[str, Any]:
     return {
         "store": tracking.find_store(config.output, submitted()),
         "model_name": f"headray-{name}",
-        "card": {"model": name, "dataset": dataclasses.asdict(lineage), "code": code},
+        "card": {"model": name, "dataset": dataclasses.asdict(lineage), "code": code}
+        | stage_of(written["config"]),
     }
+
+
+def stage_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a bundle's card says of a training in stages, from the configuration as it is written; of others nothing."""
+    return {name: config["learner"][name] for name in ("stage",) if name in config["learner"]}
 
 
 def require_reach(cluster: ClusterConfig) -> None:

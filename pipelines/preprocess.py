@@ -42,7 +42,7 @@ from pipelines import (
 )
 from pipelines.output import ConfigError, NothingUsableError, flatten, require_same_recipe
 from pipelines.progress import Progress
-from pipelines.schema import SCHEMA_VERSION, VIDEOS_IN_FLIGHT, Video, batched, to_row
+from pipelines.schema import OFF_GPU_NODES, SCHEMA_VERSION, VIDEOS_IN_FLIGHT, Video, batched, to_row
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -239,6 +239,7 @@ def open_list(config: PreprocessConfig) -> Iterator[Video]:
         config.input_format,
         url_template=config.download.url_template,
         allow_local=config.download.allow_local,
+        both_sides=config.identities.split == "legacy",
     )
     if config.download.from_downloads:
         videos = archive.take_from(config.download.from_downloads, videos)
@@ -367,7 +368,8 @@ def require_canary(config: download.DownloadConfig) -> None:
     """
     import ray
 
-    fetch = ray.remote(num_cpus=config.resources.num_cpus)(download.fetch_canary)
+    needs = ray.remote(num_cpus=config.resources.num_cpus, label_selector=OFF_GPU_NODES)
+    fetch = needs(download.fetch_canary)
     canary = ray.get(fetch.remote(config))
     if not canary.live:
         raise NothingUsableError(
@@ -451,6 +453,7 @@ def publish(
     output = config.output
     list_sha256 = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
     before: dict[str, Any] = {}
+    version_before = shards.manifest_version(output)
     if storage.exists(storage.join(output, shards.MANIFEST)):
         before = shards.read_manifest(output)
         done, failed = shards.committed(output)
@@ -519,7 +522,7 @@ def publish(
         raise NothingUsableError(
             f"all {len(keys)} videos were rejected ({reasons}); see {storage.join(output, report.PAGE)}"
         )
-    shards.write_manifest(manifest, output)
+    shards.write_manifest(manifest, output, version_before)
     named = {shard["name"] for shard in listing}
     for name in storage.names_below(storage.join(output, "shards")):
         if name not in named:
@@ -572,7 +575,8 @@ class Samples:
             if row["key"] not in gone:
                 part = f"{row['identity']}-{row['video']}"
                 place = {name: row[name] for name in ("key", "sha256", "offset", "length")}
-                yield splits[row["identity"]], row["identity"], shards.Slice(part=part, **place)
+                side = identities.side_of(splits, row["identity"], row["video"])
+                yield side, row["identity"], shards.Slice(part=part, **place)
 
 
 def gather(
@@ -601,7 +605,9 @@ def gather(
                 for candidate in candidates_of(commit):
                     people.append(candidate)
                     yield sample_row(commit, candidate)
-            copies = quality.find_duplicates(people, config.quality)
+            copies = {}
+            if config.identities.split == "clean":  # the other has copies on both sides
+                copies = quality.find_duplicates(people, config.quality)
             single = [track for track in people if track.key not in copies]
             single.sort(key=lambda track: (track.video, track.key))
             gone.update(copies)
@@ -666,7 +672,7 @@ def decisions(
     told = {}
     for key in commit.slices:
         cause, detail = gone.get(key, ("", ""))
-        split = video.split if cause else splits[video.identity]
+        split = video.split if cause else identities.side_of(splits, video.identity, video.video)
         told[key] = (split, str(cause), detail)
     return told
 
