@@ -90,6 +90,14 @@ PRESETS = {
 }
 
 
+def connect(config: PreprocessConfig) -> PreprocessConfig:
+    """Join or start Ray; the configuration with the pools that fit it."""
+    if cores := runtime.own_cores():
+        config = preprocess.on_one_machine(config, cores)
+    runtime.connect(config.minimum_cpus)
+    return config
+
+
 def job() -> None:
     """Parse, check, connect, run, summarise."""
     config = runtime.parse(PRESETS, __doc__ or "")
@@ -137,7 +145,7 @@ def publish(
     )
     manners = manners_towards("", config.download)
     with tracking.open_run(store, "headray-preprocess", flat, tags) as run:
-        runtime.connect(config.minimum_cpus)
+        config = connect(config)
         with Progress(
             runtime.console.print, record=run.series, watch=partial(find_pauses, manners)
         ) as progress:
@@ -297,7 +305,7 @@ def plan_rows(told: Forecast) -> list[tuple[str, str, str]]:
 
 def save_rows(config: PreprocessConfig, videos: Iterator[Video]) -> None:
     """Run up to a stage and save the rows that enter the next; the output is locked."""
-    runtime.connect(config.minimum_cpus)
+    config = connect(config)
     with Progress(runtime.console.print) as progress:
         folder = replay.stop_after(config, videos, progress)
     say = runtime.console.print
@@ -311,7 +319,7 @@ def show_replay(config: PreprocessConfig) -> None:
     preprocess.check_weights(config)
     keys = replay.saved_keys(config)
     with OutputLock(config.output):
-        runtime.connect(config.minimum_cpus)
+        config = connect(config)
         show_changes(config, keys)
 
 

@@ -172,6 +172,13 @@ def require_answer(address: str) -> None:
         usage(f"RAY_ADDRESS={address}: no cluster there ({error}); unset it to use this machine")
 
 
+def own_cores() -> int:
+    """Cores of this machine that a private cluster will have; 0 when the job joins a cluster."""
+    if submitted() or os.environ.get("RAY_ADDRESS", "local") != "local":
+        return 0
+    return len(os.sched_getaffinity(0))
+
+
 def connect(minimum_cpus: float) -> None:
     """Join the cluster that ``RAY_ADDRESS`` names, else start a private one on this machine.
 
@@ -211,7 +218,7 @@ def connect(minimum_cpus: float) -> None:
     else:
         ray.init(
             address="local",
-            num_cpus=(os.cpu_count() or 1) + int(minimum_cpus + 0.999) - 1,
+            num_cpus=own_cores() + int(minimum_cpus + 0.999) - 1,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

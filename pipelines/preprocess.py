@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,7 +42,7 @@ from pipelines import (
 )
 from pipelines.output import ConfigError, NothingUsableError, flatten, require_same_recipe
 from pipelines.progress import Progress
-from pipelines.schema import SCHEMA_VERSION, Video, batched, to_row
+from pipelines.schema import SCHEMA_VERSION, VIDEOS_IN_FLIGHT, Video, batched, to_row
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -145,7 +146,7 @@ class PreprocessConfig:
     def minimum_cpus(self) -> float:
         """Logical CPUs below which the plan cannot start: every pool at its least, plus one for tasks."""
         return 1 + sum(
-            stage.resources.min_actors * stage.resources.num_cpus for stage in self.stages
+            max(stage.resources.min_actors, 1) * stage.resources.num_cpus for stage in self.stages
         )
 
     @property
@@ -157,6 +158,39 @@ class PreprocessConfig:
             if not operational and name not in download.OPERATIONAL:
                 flat[name] = value
         return flat
+
+
+SHARES = {
+    "download": 0.17,
+    "tracks": 0.23,
+    "crops": 0.18,
+    "identities": 0.29,
+    "quality": 0.0,
+    "annotate": 0.13,
+    "shards": 0.0,
+}
+"""Of each stage in the CPU time that a video takes, with the networks that come in wheels (benchmarks/README.md). 0: less than
+one in a hundred."""
+PROCESSES_A_CORE = 1.5
+"""An actor waits now and then for the stage before it, or behind it."""
+
+
+def on_one_machine(config: PreprocessConfig, cores: int) -> PreprocessConfig:
+    """Pools for a machine that works for this job alone: each stage has its share of the cores from the beginning.
+
+    Left to grow, the pools of a small machine never came to rest: each new actor costs seconds for its networks, and was
+    ended when the next stage wanted its place. Stages that cost next to nothing keep their one actor.
+    """
+    sized = {}
+    for name, share in SHARES.items():
+        stage = getattr(config, name)
+        if not stage.resources.min_actors:
+            actors = math.ceil(PROCESSES_A_CORE * share * cores) or 1
+            most = stage.resources.max_actors if share else 1
+            resources = replace(stage.resources, min_actors=min(actors, most), max_actors=most)
+            stage = replace(stage, resources=resources)
+        sized[name] = stage
+    return replace(config, **sized)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,9 +354,7 @@ def configure_ray_data(config: PreprocessConfig) -> None:
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 64 * 2**20
     context.raise_original_map_exception = True  # so that a PlaceError arrives here as one
-    # An actor loads its networks for seconds. Ray would end one that is busy for less than half of the time, and start it
-    # again half a minute later, all along the run; now only one that has nothing at all to do.
-    context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.0
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = VIDEOS_IN_FLIGHT - 0.5
     patience = download.manners_towards("", config.download).patience_seconds
     deadlines = 3 * config.download.deadline_seconds
     context.execution_no_progress_timeout_s = max(1800, int(deadlines + patience))
