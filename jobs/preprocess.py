@@ -28,7 +28,7 @@ import tyro
 from rich.table import Table
 
 from jobs import runtime
-from pipelines import forecast, preprocess, replay, report, shards, storage, tracking
+from pipelines import forecast, nodes, preprocess, replay, report, shards, storage, tracking
 from pipelines.annotate import AnnotateConfig
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig, manners_towards
@@ -146,9 +146,12 @@ def publish(
     manners = manners_towards("", config.download)
     with tracking.open_run(store, "headray-preprocess", flat, tags) as run:
         config = connect(config)
-        with Progress(
-            runtime.console.print, record=run.series, watch=partial(find_pauses, manners)
-        ) as progress:
+        with (
+            nodes.Timeline(runtime.console.print),
+            Progress(
+                runtime.console.print, record=run.series, watch=partial(find_pauses, manners)
+            ) as progress,
+        ):
             try:
                 outcome = preprocess.run(config, videos, progress)
             except NothingUsableError as error:

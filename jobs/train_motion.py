@@ -136,7 +136,7 @@ def job() -> None:
         init_from=runtime.location("init-from", config.init_from) if config.init_from else "",
     )
     config = with_epochs(config, check(config))
-    init = runtime.fetch_bundle(config.init_from, config.output)
+    init = runtime.fetch_bundle(config.init_from, config.output, "init")
     num_workers = max(config.cluster.num_workers, 1)
     looked_at = replace(config.samples, batch_size=max(config.samples.batch_size, num_workers))
     runtime.train(

@@ -42,7 +42,7 @@ from pipelines import (
 )
 from pipelines.output import ConfigError, NothingUsableError, flatten, require_same_recipe
 from pipelines.progress import Progress
-from pipelines.schema import SCHEMA_VERSION, VIDEOS_IN_FLIGHT, Video, batched, to_row
+from pipelines.schema import OFF_GPU_NODES, SCHEMA_VERSION, VIDEOS_IN_FLIGHT, Video, batched, to_row
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -368,7 +368,8 @@ def require_canary(config: download.DownloadConfig) -> None:
     """
     import ray
 
-    fetch = ray.remote(num_cpus=config.resources.num_cpus)(download.fetch_canary)
+    needs = ray.remote(num_cpus=config.resources.num_cpus, label_selector=OFF_GPU_NODES)
+    fetch = needs(download.fetch_canary)
     canary = ray.get(fetch.remote(config))
     if not canary.live:
         raise NothingUsableError(
@@ -452,6 +453,7 @@ def publish(
     output = config.output
     list_sha256 = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
     before: dict[str, Any] = {}
+    version_before = shards.manifest_version(output)
     if storage.exists(storage.join(output, shards.MANIFEST)):
         before = shards.read_manifest(output)
         done, failed = shards.committed(output)
@@ -520,7 +522,7 @@ def publish(
         raise NothingUsableError(
             f"all {len(keys)} videos were rejected ({reasons}); see {storage.join(output, report.PAGE)}"
         )
-    shards.write_manifest(manifest, output)
+    shards.write_manifest(manifest, output, version_before)
     named = {shard["name"] for shard in listing}
     for name in storage.names_below(storage.join(output, "shards")):
         if name not in named:

@@ -364,6 +364,11 @@ def from_row(row: VideoRow) -> tuple[Video, list[Member]]:
     return from_json(row["record"]), list(zip(row["names"], row["blobs"], strict=True))
 
 
+OFF_GPU_NODES = {"pool": "!gpu"}
+"""Label selector: where videos and pictures may lie. A node without the label is as good as one of another pool, so that
+this holds on one machine, too; ray_cluster.yaml and infra/kuberay give GPU nodes the label."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageResources:
     """What one actor of a stage asks Ray for, and how far its pool may grow."""
@@ -459,6 +464,7 @@ def add_actors(
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
         memory=int(resources.memory_gb * 2**30),
+        label_selector=None if resources.num_gpus else OFF_GPU_NODES,
     )
 
 

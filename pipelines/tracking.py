@@ -242,6 +242,23 @@ class Run:
         self._attempt(lambda: self._client.log_dict(self.run_id, dict(content), name))
 
 
+def find_trouble(uri: str) -> str:
+    """Why a tracking server cannot be used from here, with the cure; empty when it answers and lets us in."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    from mlflow import MlflowClient
+
+    try:
+        MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except Exception as error:  # every kind of store has its own kinds
+        return (
+            f"{public_url(uri)} cannot be used: {describe_trouble(error)}; is it there, does it let this node in, and are "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD right?"
+        )
+    return ""
+
+
 def describe_trouble(error: Exception) -> str:
     """What a store said, in one line without secrets."""
     return one_line(scrub(f"{type(error).__name__}: {error}"), 200)
