@@ -28,7 +28,7 @@ from pipelines.samples_motion import MotionSamplesConfig, held_out_batches
 from tests import clips
 from tests.imitation import measure
 from tests.material import needs_shared
-from tests.models.motion.tiny import awake, tiny
+from tests.models.motion.tiny import tiny
 from tests.runs import ONE_THREAD, run_job
 from tests.test_real_list import LIST
 from tests.test_real_list import site as site  # the fixture
@@ -112,8 +112,7 @@ def peak_mib() -> Iterator[list[float]]:
 def test_ten_minutes_of_driving_take_the_memory_of_one(tmp_path: Path) -> None:
     """15,000 frames with a face that walks and nods, through both passes, a small model, and the encoder."""
     model, portrait = str(tmp_path / "model"), str(tmp_path / "portrait.png")
-    wide = awake(tiny(size=64, patch=16)).eval()
-    bundle.save(wide, model, {}, np.zeros((4, 4, 3), np.uint8))
+    bundle.save(tiny(size=64, patch=16).eval(), model, {}, np.zeros((4, 4, 3), np.uint8))
     cv2.imwrite(portrait, np.ascontiguousarray(data.astronaut()[:, :, ::-1]))
 
     def drive(minutes: int) -> tuple[float, float]:
