@@ -86,10 +86,11 @@ def measure(
     find = Finder() if with_landmarks else None
     for batch in batches:
         made, _ = model(batch.source, batch.source_landmarks, batch.driving_landmarks)
-        for source, driving, generated in zip(batch.source, batch.driving, made, strict=True):
-            pixels.append(
-                [float((each - driving).abs().mean()) / 2 for each in (generated, source)]
-            )
+        still, _ = model(batch.source, batch.source_landmarks, batch.source_landmarks)
+        pictures = zip(batch.source, batch.driving, made, still, strict=True)
+        for source, driving, generated, unmoved in pictures:
+            compared = (generated, source, unmoved)
+            pixels.append([float((each - driving).abs().mean()) / 2 for each in compared])
             if find:
                 wanted, own, first = find(driving), find(generated), find(source)
                 missed += wanted is not None and own is None
