@@ -54,23 +54,22 @@ ASKED = 0.3
 @pytest.mark.real
 @pytest.mark.timeout(6 * 3600)
 def test_held_out_frames_are_followed(site: str, tmp_path: Path) -> None:
-    """Stage 1 on the clips of the list: the last fifth of each training clip is not trained on, and driven to."""
+    """Stage 1 on the clips of the list: the last fifth of each training clip is not trained on, and driven to.
+
+    The rate falls once, as in the recipe, here by a second command that goes on from the first one's bundle.
+    """
     dataset = tmp_path / "clips"
     code, text = run_job(
         "preprocess", "motion", f"--input={LIST}", f"--output={dataset}",
         f"--download.url-template={site}/{{video}}.mp4", folder=tmp_path, timeout=3600,
     )  # fmt: skip
     assert code == 0, text
-    code, text = run_job(
-        "train_motion", "smoke", f"--dataset={dataset}", f"--output={tmp_path / 'out'}", *REDUCED,
-        "--learner.lr=5e-4", "--learner.mask-prior=0.02", "--samples.batch-size=8", "--samples.loaders=1", "--samples.flip=0",
-        "--samples.jitter=0", "--samples.reserve=0.2", "--held-out.split=train", "--held-out.batches=8",
-        "--training.samples=40000", "--training.log-every=400", "--training.evaluate-every=4000",
-        "--training.checkpoint-every=4000",
-        folder=tmp_path, timeout=4 * 3600, extra=ONE_THREAD,
+    learned = teach(dataset, tmp_path / "first", "--learner.lr=5e-4", "--training.samples=10000")
+    finished = teach(
+        dataset, tmp_path / "second", f"--init-from={learned}", "--learner.lr=1e-4",
+        "--training.samples=6000",
     )  # fmt: skip
-    assert code == 0, text
-    network = bundle.load(str(tmp_path / "out" / "bundle"))
+    network = bundle.load(finished)
     assert isinstance(network, Motion)
     samples = MotionSamplesConfig(batch_size=8, size=64, loaders=0, reserve=0.2)
     held_out = HeldOutConfig(split="train", batches=30)
@@ -81,6 +80,20 @@ def test_held_out_frames_are_followed(site: str, tmp_path: Path) -> None:
     assert found.gain >= ASKED
     assert found.landmark_gain >= ASKED
     assert found.missed <= 0.1 * found.pairs
+
+
+def teach(dataset: Path, folder: Path, *flags: str) -> str:
+    """Train stage 1 of :data:`REDUCED` on one thread; returns the bundle."""
+    folder.mkdir()
+    code, text = run_job(
+        "train_motion", "smoke", f"--dataset={dataset}", f"--output={folder / 'out'}", *REDUCED,
+        "--learner.mask-prior=0.02", "--samples.batch-size=8", "--samples.loaders=1", "--samples.flip=0",
+        "--samples.jitter=0", "--samples.reserve=0.2", "--held-out.split=train", "--held-out.batches=8",
+        "--training.log-every=400", "--training.evaluate-every=2000", "--training.checkpoint-every=2000",
+        *flags, folder=folder, timeout=4 * 3600, extra=ONE_THREAD,
+    )  # fmt: skip
+    assert code == 0, text
+    return str(folder / "out" / "bundle")
 
 
 @contextmanager
