@@ -168,7 +168,7 @@ def publish(output: str, tracks: list[list[Member]], num_shards: int, size: int)
         "shards": listing,
         "index": shards.write_index(records, output),
     }
-    shards.write_manifest(manifest, output)
+    shards.write_manifest(manifest, output, shards.manifest_version(output))
 
 
 def write_clip(path: Path, images: list[NDArray[np.uint8]]) -> None:
@@ -369,7 +369,7 @@ def measure_start(folder: Path, config: Config) -> dict[str, float]:
         "shards": listing,
         "index": shards.write_index_tables(tables, dataset),
     }
-    shards.write_manifest(manifest, dataset)
+    shards.write_manifest(manifest, dataset, shards.manifest_version(dataset))
     fill_first_batches(dataset, AlignerSamplesConfig(), n)
     code = (
         "import sys, time\n"

@@ -17,7 +17,6 @@ from __future__ import annotations
 if not __package__:
     import script_path  # noqa: F401
 
-import json
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -29,7 +28,7 @@ from models.aligner.learner import AlignerLearnerConfig
 from models.aligner.network import AlignerConfig
 from models.aligner.start import fitting, start
 from models.frozen import arcface, vgg, weights
-from pipelines import samples_aligner, shards, storage, tracking
+from pipelines import samples_aligner, shards, tracking
 from pipelines.health import HealthConfig
 from pipelines.samples_aligner import (
     AlignerHeldOutConfig,
@@ -166,7 +165,9 @@ def job() -> None:
     runtime.train(
         "aligner",
         config,
-        build=partial(start, config.learner, runtime.fetch_bundle(config.init, config.output)),
+        build=partial(
+            start, config.learner, runtime.fetch_bundle(config.init, config.output, "init")
+        ),
         batches=partial(aligner_batches, config.samples, config.dataset),
         held_out=partial(held_out_batches, looked_at, config.held_out, config.dataset),
         remarks=remarks(config),
@@ -175,19 +176,14 @@ def job() -> None:
 
 def weighted(learner: AlignerLearnerConfig, calibration: str) -> AlignerLearnerConfig:
     """The configuration with the weights of a file of jobs/calibrate.py, which must be of the same networks and layers."""
-    uri = runtime.location("calibration", calibration)
-    try:
-        found = json.loads(storage.read_bytes(uri))
-        measured = found["vgg"], tuple(found["vgg_layers"]), found["identity"]
-        weights_found = tuple(found["vgg_weights"]), tuple(found["identity_weights"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        runtime.usage(f"--calibration {uri}: not a file of jobs/calibrate.py ({error!r})")
+    found = runtime.read_calibration(calibration)
+    measured = found.vgg, found.vgg_layers, found.identity
     wanted = learner.vgg, learner.vgg_layers, learner.network.identity
     if measured != wanted:
         runtime.usage(
-            f"--calibration {uri}: measured with {measured}, but the training has {wanted}"
+            f"--calibration {calibration}: measured with {measured}, but the training has {wanted}"
         )
-    return replace(learner, vgg_weights=weights_found[0], identity_weights=weights_found[1])
+    return replace(learner, vgg_weights=found.vgg_weights, identity_weights=found.identity_weights)
 
 
 def check(config: TrainAlignerConfig) -> None:

@@ -1,6 +1,7 @@
 """One picture of a face and somebody's motion → a video of the face moving so.
 
-Of the driving video only its landmarks, its clock and its sound are used: it is decoded once, to a kilobyte a frame. Pictures
+Of the driving video only its landmarks, its clock and its sound are used: a kilobyte a frame. They are located twice and
+smoothed, as those of the training clips are (:mod:`pipelines.smoothing`), or the picture trembles with the detector. Pictures
 stream through generator and encoder, so memory hardly grows with the video. What depends on the source alone is computed
 once (``Motion.prepare``), each frame costs the decoders (``Motion.drive``).
 
@@ -67,6 +68,8 @@ class AnimateConfig:
     """Finds faces."""
     landmarker: LandmarkerName = "dlib"
     """Finds their points."""
+    smooth: bool = True
+    """Take the tremble out of a driving video's landmarks, leave blinks; the video is decoded twice."""
     batch: int = 8
     """Frames generated at once."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -101,7 +104,9 @@ class Animated:
 
 def faces(config: AnimateConfig) -> FollowConfig:
     """How this configuration finds faces."""
-    return FollowConfig(detector=config.detector, landmarker=config.landmarker)
+    return FollowConfig(
+        detector=config.detector, landmarker=config.landmarker, smooth=config.smooth
+    )
 
 
 def read_source(config: AnimateConfig, size: int) -> tuple[Image, Floats]:

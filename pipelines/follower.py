@@ -1,6 +1,6 @@
 """One face in picture after picture: the largest first, then the one that is where it was.
 
-What jobs that edit a video know of it before they start: a kilobyte a frame, from one pass that keeps no picture. Followed with an
+What jobs that edit a video know of it before they start: a kilobyte a frame, from one or two passes that keep no picture. Followed with an
 embedder, it must also be the same person: after a jump, after it was lost, and once a second.
 """
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from models.frozen.detector import DetectorName, load_detector
 from models.frozen.identity import EmbedderName, load_embedder
 from models.frozen.landmarks import LandmarkerName, load_landmarker
-from pipelines import storage
+from pipelines import smoothing, storage
 from pipelines.crops import LandmarkGate, implausible
 from pipelines.geometry import Floats, Image, box_sizes, iou, scale_boxes
 from pipelines.output import ConfigError
@@ -51,6 +51,8 @@ class FollowConfig:
     """Finds their points."""
     embedder: EmbedderName | None = None
     """Says whether it is still the same person; None: nobody asks."""
+    smooth: bool = False
+    """Locate the points of a video a second time and smooth them (:mod:`pipelines.smoothing`); it is decoded twice."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ class Follower:
         self._person: NDArray[np.float32] | None = None
         self._asked = 0.0
 
+    @property
+    def box(self) -> Floats:
+        """(4,) where the face was last found."""
+        assert self._box is not None
+        return self._box
+
     def faces(self, image: Image) -> NDArray[np.float32]:
         """Tight boxes (m, 4) of all faces of an RGB image, from left to right."""
         boxes = self._detector.detect(image)[:, :4]
@@ -92,7 +100,7 @@ class Follower:
 
     def locate(self, image: Image, box: Floats) -> tuple[Floats | None, str]:
         """The points (68, 2) of the face in a box, or None and why they are not believed."""
-        points = self._landmarker.locate(image, box[None])[0].astype(np.float64)
+        points = self._landmarker.locate(image, box[None].astype(np.float32))[0].astype(np.float64)
         if wrong := implausible(points, box, self._gate):
             return None, f"implausible landmarks: {wrong}"
         return points, FOUND
@@ -191,14 +199,17 @@ def follow_video(
         found = probe(path)
     except VideoError as error:
         raise ConfigError(f"{told}: {error}") from error
+    follower = Follower(config, (found.width, found.height))
     landmarks = np.full((found.frames, 68, 2), np.nan)
+    boxes = np.full((found.frames, 4), np.nan)
     causes: list[str] = []
     times: list[float] = []
     last_told = time.monotonic()
     try:
-        for index, at, points, cause in _follow(config, path, found):
+        for index, at, image in _images(path, found, found.frames):
+            points, cause = follower.find(image, at)
             if points is not None:
-                landmarks[index] = points
+                landmarks[index], boxes[index] = points, follower.box
             causes.append(cause)
             times.append(at)
             if time.monotonic() - last_told > 30:
@@ -213,19 +224,45 @@ def follow_video(
         step = 1 / found.fps
         times += [times[-1] + step * (1 + index) for index in range(missing)]
         causes += [str(error)] * missing
+    if config.smooth and FOUND in causes:
+        steady(follower, _images(path, found, decoded), landmarks, boxes, causes)
     rate = Fraction(found.fps or 25).limit_denominator(1001)
     return Followed(landmarks, times, causes, rate, found.audio, decoded)
 
 
-def _follow(
-    config: FollowConfig, path: Path, found: VideoInfo
-) -> Iterator[tuple[int, float, Floats | None, str]]:
-    follower = Follower(config, (found.width, found.height))
-    every = range(found.frames)
+def steady(
+    follower: Follower,
+    images: Iterator[tuple[int, float, Image]],
+    landmarks: Floats,
+    boxes: Floats,
+    causes: list[str],
+) -> None:
+    """The second pass, in place: points located anew in boxes that move smoothly, then smoothed along their paths.
+
+    Args:
+        follower: locates.
+        images: index, time and picture of the frames, again.
+        landmarks: (n, 68, 2) of the first pass, NaN where the face is lost.
+        boxes: (n, 4) in which they were found.
+        causes: (n) why the face is lost, or ``FOUND``; a face that the second pass does not believe is lost, too.
+    """
+    known = [index for index, cause in enumerate(causes) if cause == FOUND]
+    boxes[known] = smoothing.steady_boxes(landmarks[known], boxes[known], known)
+    for index, _, image in images:
+        if causes[index] == FOUND:
+            points, causes[index] = follower.locate(image, boxes[index])
+            landmarks[index] = np.nan if points is None else points
+    known = [index for index, cause in enumerate(causes) if cause == FOUND]
+    if known:
+        landmarks[known] = smoothing.smooth(landmarks[known], known)
+
+
+def _images(path: Path, found: VideoInfo, count: int) -> Iterator[tuple[int, float, Image]]:
+    """Index, time and picture of the first ``count`` frames."""
     with Decoder() as decoder:
-        for frame in decoder.read(path, found, ranges=[(0, found.frames)], images=every):
+        for frame in decoder.read(path, found, ranges=[(0, count)], images=range(count)):
             assert frame.image is not None
-            yield frame.index, frame.time, *follower.find(frame.image, frame.time)
+            yield frame.index, frame.time, frame.image
 
 
 def counts(causes: Sequence[str]) -> dict[str, int]:

@@ -7,6 +7,7 @@ it. What a sample is, the ``samples_`` file of each model says.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, cast
@@ -18,7 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pipelines import annotate
 from pipelines.geometry import Floats, Image, invert
+from pipelines.reader import Reader
+from pipelines.schema import npy_array
 from pipelines.shards import DatasetError
 
 Wanted = TypeVar("Wanted", contravariant=True)
@@ -53,7 +57,7 @@ class StreamConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutConfig:
-    """The samples of every evaluation and preview: always the same, nothing mirrored or augmented."""
+    """The samples of every evaluation and preview: always the same ones, identities in turn, as little changed as can be."""
 
     split: Literal["val", "test", "train"] = "test"
     """Whose people. With ``train`` the scores are of people who were trained on: only for a dataset with no other split."""
@@ -74,6 +78,14 @@ Frame = tuple[int, int]
 def generator(seed: int, number: int, stream: int = 0) -> np.random.Generator:
     """Random numbers of one sample: a counter's hash of (seed, number, stream), so it costs nothing to start anywhere."""
     return np.random.Generator(np.random.Philox(counter=[0, 0, 0, stream], key=[seed, number]))
+
+
+def require_size(reader: Reader, size: int) -> None:
+    """Raise :class:`DatasetError` where windows would have to be enlarged."""
+    if reader.window < size:
+        raise DatasetError(
+            f"{reader.dataset}: windows are {reader.window} px, too small for samples.output_size {size}"
+        )
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------
@@ -109,11 +121,16 @@ def reduce(image: Any, size: int) -> Image:
     return cast(Image, cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA))
 
 
-def decode_labels(png: bytes, size: int, key: str) -> NDArray[np.uint8]:
-    """Labels (size, size) of a PNG. Raises :class:`DatasetError` naming ``key``."""
-    labels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE) if png else None
-    if labels is None:
-        raise DatasetError(f"{key}: its labels are not a PNG")
+def decode_labels(png: bytes, window: int, size: int, key: str) -> NDArray[np.uint8]:
+    """Labels (size, size) of a PNG of ``window`` pixels. Raises :class:`DatasetError` naming ``key`` and what is wrong."""
+    try:
+        labels = annotate.decode_labels(png)
+    except ValueError as error:
+        raise DatasetError(f"{key}: {error}") from None
+    if labels.shape != (window, window):
+        raise DatasetError(
+            f"{key}: its labels are {labels.shape[1]} x {labels.shape[0]} pixels, its picture {window} x {window}"
+        )
     resized = cv2.resize(labels, (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
     return cast(NDArray[np.uint8], resized)
 
@@ -133,6 +150,23 @@ def inside_frame(matrix: Floats, frame_size: tuple[int, int], size: int) -> NDAr
         place = row[0] * centres[None, :] + (row[1] * centres[:, None] + row[2])
         inside &= (place >= 0) & (place <= limit)
     return inside
+
+
+def valid_mask(
+    record: bytes, matrices: bytes, frame: int, window: int, size: int
+) -> NDArray[np.bool_]:
+    """Where a window shows its frame, at (size, size).
+
+    Args:
+        record: ``KEY.json`` of its track.
+        matrices: ``KEY.matrix.npy``, for windows of ``window`` pixels.
+        frame: its place in the track.
+        window: side of the dataset's windows.
+        size: of the mask.
+    """
+    told = json.loads(record)
+    scaled = npy_array(matrices)[frame].astype(np.float64) * (size / window)
+    return inside_frame(scaled, (told["width"], told["height"]), size)
 
 
 def pictures(images: Sequence[Image]) -> Tensor:

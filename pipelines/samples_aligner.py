@@ -10,7 +10,6 @@ augmentation is 7 (benchmarks/README.md). On the training's device that would be
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast
@@ -51,10 +50,11 @@ from pipelines.samples import (
     decode,
     decode_labels,
     generator,
-    inside_frame,
     load,
     pictures,
     reduce,
+    require_size,
+    valid_mask,
 )
 from pipelines.schema import npy_array
 from pipelines.shards import DatasetError
@@ -239,10 +239,7 @@ class AlignerSamples:
         self.config = config
         self.reader = Reader(dataset, split, check_hashes=config.check_hashes)
         self.rotate = rotate
-        if self.reader.window < config.output_size:
-            raise DatasetError(
-                f"{dataset}: windows are {self.reader.window} px, too small for samples.output_size {config.output_size}"
-            )
+        require_size(self.reader, config.output_size)
         require_frames(self.reader, config.pairing, config.max_sources)
 
     def __getitems__(self, wanted: Sequence[tuple[int, int]]) -> AlignerBatch | DatasetError:
@@ -295,11 +292,12 @@ class AlignerSamples:
                 points[piece.track] = npy_array(content[0])
         target = self.shot(drawn.target, members, points)
         sources = [self.shot(each, members, points) for each in drawn.sources]
-        valid = self.valid(json.loads(record), npy_array(matrices)[frame])
+        valid = valid_mask(record, matrices, frame, self.reader.window, size)
         foreground = np.ones((size, size), bool)
         if self.reader.has_labels:
             png = members[self.reader.labels(track, frame)][0]
-            foreground = decode_labels(png, size, self.reader.frame_key(track, frame)) != 0
+            key = self.reader.frame_key(track, frame)
+            foreground = decode_labels(png, self.reader.window, size, key) != 0
         if drawn.flip:
             target, sources = target.flipped(), [source.flipped() for source in sources]
             valid, foreground = valid[:, ::-1], foreground[:, ::-1]
@@ -331,12 +329,6 @@ class AlignerSamples:
         jpeg = members[reader.picture(*frame)][0]
         image = decode(jpeg, reader.window, size, reader.keys[frame[0]])
         return Shot(image, points[frame[0]][frame[1]].astype(np.float64) * (size / reader.window))
-
-    def valid(self, record: dict[str, Any], matrix: Floats) -> NDArray[np.bool_]:
-        """Where the target shows its frame, from the sample's JSON and the frame's matrix."""
-        size = self.config.output_size
-        scaled = np.asarray(matrix, np.float64) * (size / self.reader.window)
-        return inside_frame(scaled, (record["width"], record["height"]), size)
 
     def driving(
         self, target: Tensor, landmarks: Floats, rng: np.random.Generator

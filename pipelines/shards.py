@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from pipelines import snapshots, storage
 from pipelines.schema import (
+    OFF_GPU_NODES,
     SCHEMA_VERSION,
     Cause,
     Member,
@@ -624,6 +625,7 @@ def pack_all(
             fn_kwargs={"output": output},
             num_cpus=config.resources.num_cpus,
             memory=config.resources.memory_gb * 2**30,
+            label_selector=OFF_GPU_NODES,
         )
         for row in dataset.iter_rows():
             yield json.loads(row["record"])
@@ -905,10 +907,28 @@ def honour(video: Video, takedowns: Mapping[str, Mapping[str, Mapping[str, str]]
     return reject(video, Cause.TAKEDOWN, entry["reason"])
 
 
-def write_manifest(manifest: Mapping[str, Any], output: str) -> None:
-    """``dataset.json``, last of all: from here on the dataset exists."""
+def manifest_version(output: str) -> str:
+    """Of the ``dataset.json`` that is there now; to be asked before anything is read that the next one is made of."""
+    return storage.version(storage.join(output, MANIFEST))
+
+
+def write_manifest(manifest: Mapping[str, Any], output: str, before: str) -> None:
+    """``dataset.json``, last of all: from here on the dataset exists.
+
+    Args:
+        manifest: what it says.
+        output: dataset URI.
+        before: :func:`manifest_version` when the work on this one began.
+
+    Raises:
+        DatasetError: another one was published since: by a run elsewhere, which took this one for dead.
+    """
     content = json.dumps(manifest, sort_keys=True, indent=1).encode()
-    storage.write_atomic(storage.join(output, MANIFEST), content)
+    uri = storage.join(output, MANIFEST)
+    if not storage.replace(uri, content, before):
+        raise DatasetError(
+            f"{uri}: another run has published while this one was working, and that one stays; run the same command again"
+        )
 
 
 def read_manifest(output: str) -> dict[str, Any]:

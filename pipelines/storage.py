@@ -8,6 +8,7 @@ follow names written in commits and manifests.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -192,6 +193,43 @@ def remove_temporary(uri: str) -> int:
     for path in left:
         path.unlink(missing_ok=True)
     return len(left)
+
+
+def version(uri: str) -> str:
+    """What tells one content of a file from the next; empty when it is not there. For :func:`replace`."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    try:
+        tag = fs.info(path).get("ETag", "")
+        return str(tag or hashlib.sha256(fs.cat_file(path)).hexdigest())
+    except FileNotFoundError:
+        return ""
+
+
+def replace(uri: str, data: bytes, before: str) -> bool:
+    """:func:`write_atomic` of a small file, only if it still has the :func:`version` ``before``; False when it has not.
+
+    In S3 the store itself compares and writes in one step (``If-Match``). Elsewhere one comes after the other, which keeps
+    out whoever wrote some time ago but not who writes in the same moment: there the output's lock must do.
+    """
+    fs, path = filesystem(uri)
+    if "s3" not in fs.protocol:
+        if version(uri) != before:
+            return False
+        write_atomic(uri, data)
+        return True
+    condition = {"IfMatch": before} if before else {"IfNoneMatch": "*"}
+    try:
+        with writing(uri):
+            fs.pipe_file(path, data, **condition)
+    except OSError as error:
+        response = getattr(error.__cause__, "response", None) or {}
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        # 412: another content; 409: another write at the same moment; 404: gone meanwhile
+        if isinstance(error, FileExistsError) or status in (404, 409, 412):
+            return False
+        raise
+    return True
 
 
 def create(uri: str, data: bytes) -> bool:

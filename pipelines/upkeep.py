@@ -68,6 +68,7 @@ def repair(output: str) -> Repair:
     shards.read_manifest(output)
     result = Repair(done=[], left=[])
     with OutputLock(output):
+        version = shards.manifest_version(output)
         manifest = shards.read_manifest(output)
         named = {shard["name"] for shard in manifest["shards"]}
         for name in storage.names_below(storage.join(output, "shards")):
@@ -82,7 +83,7 @@ def repair(output: str) -> Repair:
         try:
             index = shards.read_index(output)
         except DatasetError as error:
-            _restore_index(output, manifest, str(error), result, is_possible=not damaged)
+            _restore_index(output, manifest, version, str(error), result, is_possible=not damaged)
         else:
             for shard, problem in damaged:
                 _restore_shard(output, manifest, shard, problem, index, result)
@@ -97,14 +98,19 @@ def repair(output: str) -> Repair:
 
 
 def _restore_index(
-    output: str, manifest: Mapping[str, Any], problem: str, result: Repair, is_possible: bool
+    output: str,
+    manifest: Mapping[str, Any],
+    version: str,
+    problem: str,
+    result: Repair,
+    is_possible: bool,
 ) -> None:
     if not is_possible:
         result.left.append(f"{problem}; it can be read off the shards, but they are damaged too")
         return
     written = shards.write_index_tables(_read_off(output, manifest), output)
     if written != manifest["index"]:  # the same rows, but another version of pyarrow wrote them
-        shards.write_manifest({**manifest, "index": written}, output)
+        shards.write_manifest({**manifest, "index": written}, output, version)
     result.done.append(f"{shards.INDEX}: read off the shards")
 
 
@@ -190,6 +196,7 @@ def take_down(
     shards.read_manifest(output)
     left: list[str] = []
     with OutputLock(output):
+        version = shards.manifest_version(output)
         manifest = shards.read_manifest(output)
         takedowns = _recorded(output, identities, videos, reason)
         ledger = shards.read_ledger(
@@ -221,7 +228,7 @@ def take_down(
             "shards": thinned.listing,
             "index": shards.write_index_tables(tables, output),
         }
-        shards.write_manifest(manifest, output)
+        shards.write_manifest(manifest, output, version)
         for name in storage.names_below(storage.join(output, "shards")):
             if name not in thinned.tables:
                 storage.remove(storage.join(output, "shards", name))

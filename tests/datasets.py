@@ -305,5 +305,5 @@ def make_dataset(
     }
     report.write(output, manifest)
     if records:
-        shards.write_manifest(manifest, output)
+        shards.write_manifest(manifest, output, shards.manifest_version(output))
     return manifest

@@ -253,17 +253,24 @@ class MotionLearner:
 
     @torch.no_grad()
     def eval_step(self, batch: MotionBatch) -> dict[str, Tensor]:
-        """Losses and descriptions of a batch, without learning from it; ``metric/l1`` has pictures in [0, 1]."""
+        """Losses and descriptions of a batch, without learning from it.
+
+        ``metric/l1`` has pictures in [0, 1]; ``metric/l1_source`` is what the source itself would get, had nothing moved.
+        """
         picture, fields = self._generate(batch)
         losses = {"reconstruction": self._reconstruction(picture, batch.driving)}
-        return _named(losses) | describe(fields) | {"metric/l1": l1(picture, batch.driving) / 2}
+        metrics = {
+            "metric/l1": l1(picture, batch.driving) / 2,
+            "metric/l1_source": l1(batch.source, batch.driving) / 2,
+        }
+        return _named(losses) | describe(fields) | metrics
 
     @torch.no_grad()
     def preview(self, batch: MotionBatch) -> Tensor:
         """(b, 3, h, 6 w) in [-1, 1]: :attr:`preview_columns` side by side."""
         picture, fields = self._generate(batch)
         displacement = fields.deformation - identity_grid(picture.shape[-1], picture.device)
-        colours = flow_to_image(displacement.permute(0, 3, 1, 2).contiguous())  # (b, 3, h, w) uint8
+        colours = flow_to_image(displacement.permute(0, 3, 1, 2).float().contiguous())
         occlusion = fields.occlusion
         mask = torch.ones_like(occlusion) if fields.mask is None else fields.mask
         grey = [(plane * 2 - 1).expand_as(picture) for plane in (mask, occlusion)]

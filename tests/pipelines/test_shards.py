@@ -360,7 +360,7 @@ def test_verify_compares_index_ledger_and_shards(copy: str) -> None:
         record["samples"].append(row | {"scores": dict(row["scores"])})
     manifest = shards.read_manifest(copy)
     manifest["index"] = shards.write_index(list(records.values()), copy)
-    shards.write_manifest(manifest, copy)
+    shards.write_manifest(manifest, copy, shards.manifest_version(copy))
     problems = shards.verify(copy)
     assert "index.parquet: id03-v0-000 is missing, the ledger says published" in problems
     assert "dataset.json: counts 50 published frames, index.parquet has 45" in problems

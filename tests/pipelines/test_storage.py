@@ -92,6 +92,50 @@ def test_create_has_one_winner(root: str) -> None:
     assert storage.create(uri, b"again")
 
 
+def test_replace_spares_what_somebody_else_wrote(root: str) -> None:
+    uri = storage.join(root, "dataset.json")
+    absent = storage.version(uri)
+    assert absent == ""
+    assert storage.replace(uri, b"first", absent)
+    first = storage.version(uri)
+    assert not storage.replace(uri, b"late", absent)
+    assert storage.replace(uri, b"second", first)
+    assert not storage.replace(uri, b"late", first)
+    assert storage.read_bytes(uri) == b"second"
+    second = storage.version(uri)
+    storage.remove(uri)
+    assert not storage.replace(uri, b"late", second)
+    assert not storage.exists(uri)
+
+
+@pytest.mark.slow
+def test_replace_has_one_winner_in_s3(bucket: str) -> None:
+    """The store compares and writes in one step."""
+    uri = storage.join(bucket, uuid.uuid4().hex)
+    storage.write_atomic(uri, b"before")
+    before = storage.version(uri)
+    start = threading.Barrier(6)
+
+    def race(number: int) -> bool:
+        start.wait()
+        return storage.replace(uri, b"%d" % number, before)
+
+    with ThreadPoolExecutor(6) as pool:
+        won = list(pool.map(race, range(6)))
+    assert sum(won) == 1
+    assert storage.read_bytes(uri) == b"%d" % won.index(True)
+
+
+def test_a_run_that_was_taken_for_dead_does_not_publish(root: str) -> None:
+    """Two runs believe that the output is theirs; the slower one's manifest would name shards that are gone."""
+    make_dataset(root, some_videos())
+    manifest, before = shards.read_manifest(root), shards.manifest_version(root)
+    shards.write_manifest(manifest | {"dataset_version": 2}, root, before)
+    with pytest.raises(shards.DatasetError, match="another run has published"):
+        shards.write_manifest(manifest | {"dataset_version": 3}, root, before)
+    assert shards.read_manifest(root)["dataset_version"] == 2
+
+
 @pytest.mark.slow
 def test_a_dataset_in_s3_is_read_verified_repaired_and_thinned(bucket: str) -> None:
     output = storage.join(bucket, uuid.uuid4().hex)

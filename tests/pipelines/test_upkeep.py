@@ -209,7 +209,7 @@ def test_the_receipt_counts_what_went(copy: str) -> None:
 def test_likenesses_with_those_who_go_are_forgotten(copy: str) -> None:
     manifest = shards.read_manifest(copy)
     stay, go = ["id10", "id11", 0.98], ["id02", "id10", 0.97]
-    shards.write_manifest({**manifest, "twins": [go, stay]}, copy)
+    shards.write_manifest({**manifest, "twins": [go, stay]}, copy, shards.manifest_version(copy))
     upkeep.take_down(copy, ["id02"], [], REASON)
     assert shards.read_manifest(copy)["twins"] == [stay]
 
