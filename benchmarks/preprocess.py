@@ -73,7 +73,7 @@ class BenchmarkConfig:
     """Times that each clip is listed, under other names."""
     turns: int = 2
     """Times that the bare loop and Ray run, one after the other."""
-    processes: int = os.cpu_count() or 1
+    processes: int = len(os.sched_getaffinity(0))
     """Of the bare loop."""
     skip: float = 0.2
     """Share of the videos of a turn that come before the steady state, and that come after it."""
@@ -313,6 +313,7 @@ def run_ray(config: PreprocessConfig) -> Turn:
     import ray
 
     turn = Turn()
+    config = preprocess.on_one_machine(config, runtime.own_cores())
     runtime.connect(config.minimum_cpus)
     preprocess.prepare(config)
     with Meter(turn) as meter:

@@ -45,12 +45,11 @@ from rich.table import Table
 from pipelines import shards, storage
 from pipelines.crops import CropsConfig
 from pipelines.reader import Reader
-from pipelines.samples import (
+from pipelines.samples import decode, generator
+from pipelines.samples_aligner import (
     AlignerSamples,
-    SamplesConfig,
-    decode,
+    AlignerSamplesConfig,
     draw,
-    generator,
     num_sources,
 )
 from pipelines.schema import SCHEMA_VERSION, Member, frame_member, npy_bytes
@@ -188,7 +187,7 @@ def write_clip(path: Path, images: list[NDArray[np.uint8]]) -> None:
 
 def from_shards(dataset: str) -> Pairs:
     """The reader of this repository."""
-    reader, config = Reader(dataset, "train"), SamplesConfig()
+    reader, config = Reader(dataset, "train"), AlignerSamplesConfig()
     for first in itertools.count(0, BATCH):
         draws = [
             draw(reader, config, generator(config.seed, number), 1)
@@ -204,7 +203,7 @@ def from_shards(dataset: str) -> Pairs:
 
 def decode_only(dataset: str) -> Pairs:
     """The decoder, on JPEGs in memory that come in the same order."""
-    reader, config = Reader(dataset, "train"), SamplesConfig()
+    reader, config = Reader(dataset, "train"), AlignerSamplesConfig()
     draws = [
         draw(reader, config, generator(config.seed, number), 1) for number in range(20 * BATCH)
     ]
@@ -298,7 +297,7 @@ def measure_aligner(folder: Path, config: Config) -> dict[str, float]:
     dataset = str(folder / "aligner")
     publish(dataset, tracks, 2, ALIGNER_SIZE)
     rates = {}
-    plain = SamplesConfig(loaders=0)
+    plain = AlignerSamplesConfig(loaders=0)
     none = replace(plain.augment, max_photometric=0, scale=0.0, shift=0.0)
     for name, chosen in [
         ("K 1 to 8", plain),
@@ -371,12 +370,12 @@ def measure_start(folder: Path, config: Config) -> dict[str, float]:
         "index": shards.write_index_tables(tables, dataset),
     }
     shards.write_manifest(manifest, dataset, shards.manifest_version(dataset))
-    fill_first_batches(dataset, SamplesConfig(), n)
+    fill_first_batches(dataset, AlignerSamplesConfig(), n)
     code = (
         "import sys, time\n"
-        "from pipelines.samples import SamplesConfig, aligner_batches\n"
+        "from pipelines.samples_aligner import AlignerSamplesConfig, aligner_batches\n"
         "called = time.time()\n"
-        "next(aligner_batches(SamplesConfig(), sys.argv[1], samples_seen=0, rank=0, world_size=1))\n"
+        "next(aligner_batches(AlignerSamplesConfig(), sys.argv[1], samples_seen=0, rank=0, world_size=1))\n"
         "print(called, time.time())"
     )
     begun = time.time()
@@ -396,7 +395,7 @@ def measure_start(folder: Path, config: Config) -> dict[str, float]:
     }
 
 
-def fill_first_batches(dataset: str, config: SamplesConfig, frames: int) -> None:
+def fill_first_batches(dataset: str, config: AlignerSamplesConfig, frames: int) -> None:
     """Write what the batches that the loaders make at once will read."""
     labels = cv2.imencode(".png", np.ones((ALIGNER_SIZE, ALIGNER_SIZE), np.uint8))[1].tobytes()
     (_, record), (_, points), (_, matrix), *_ = sample(

@@ -35,7 +35,7 @@ from jobs.train_aligner import PRESETS  # noqa: E402
 from models.aligner.batch import AlignerBatch  # noqa: E402
 from models.aligner.learner import AlignerLearner, AlignerLearnerConfig  # noqa: E402
 from models.updates import Precision  # noqa: E402
-from pipelines.samples import SamplesConfig, aligner_batches  # noqa: E402
+from pipelines.samples_aligner import AlignerSamplesConfig, aligner_batches  # noqa: E402
 
 Variant = Literal["fp32", "bf16", "channels_last", "fused", "compile"]
 
@@ -89,7 +89,7 @@ def noise(learner: AlignerLearnerConfig, config: Config, size: tuple[int, int]) 
 
 
 def batches(
-    learner: AlignerLearner, samples: SamplesConfig, config: Config
+    learner: AlignerLearner, samples: AlignerSamplesConfig, config: Config
 ) -> Iterator[AlignerBatch]:
     """Without end: of the dataset, or the same noise."""
     if not config.dataset:

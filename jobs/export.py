@@ -25,6 +25,8 @@ import tyro
 from jobs import runtime
 from models import bundle
 from models.aligner.learner import AlignerLearner, AlignerLearnerConfig
+from models.blender.learner import BlenderLearner, BlenderLearnerConfig
+from models.motion.learner import MotionLearner, MotionLearnerConfig
 from pipelines import checkpoints, journal, storage, tracking
 from pipelines.output import CONFIG
 from pipelines.training import Learner
@@ -53,7 +55,24 @@ def aligner(config: Mapping[str, Any]) -> Learner[Any]:
     return AlignerLearner(learner, wrap=lambda network: network, device=torch.device("cpu"))
 
 
-LEARNERS: dict[str, Callable[[Mapping[str, Any]], Learner[Any]]] = {"train_aligner": aligner}
+def blender(config: Mapping[str, Any]) -> Learner[Any]:
+    """The learner of a train_blender job, without the network that measures its loss; the trunk is in the checkpoint."""
+    learner = bundle.rebuild(BlenderLearnerConfig, config["learner"])
+    learner = replace(learner, random_init=True, perceptual="none", perceptual_weights=())
+    return BlenderLearner(learner, wrap=lambda network: network, device=torch.device("cpu"))
+
+
+def motion(config: Mapping[str, Any]) -> Learner[Any]:
+    """The learner of a train_motion job, without the features that measure its losses."""
+    learner = replace(bundle.rebuild(MotionLearnerConfig, config["learner"]), features="none")
+    return MotionLearner(learner, wrap=lambda network: network, device=torch.device("cpu"))
+
+
+LEARNERS: dict[str, Callable[[Mapping[str, Any]], Learner[Any]]] = {
+    "train_aligner": aligner,
+    "train_blender": blender,
+    "train_motion": motion,
+}
 """By the name of the job."""
 
 
@@ -77,7 +96,7 @@ def job() -> None:
         "model": told["job"].removeprefix("train_"),
         "dataset": vars(lineage) if lineage else {},
         "code": told["code"],
-    }
+    } | runtime.stage_of(told["config"])
     notes = content["notes"]
     journal.save_bundle(learner, output, card, samples, notes["values"], notes["preview"])
     runtime.console.print(f"bundle   {output}, of {samples:,} samples")

@@ -6,7 +6,9 @@
     ray job submit --working-dir . -- python jobs/preprocess.py voxceleb2 --input s3://... --output s3://...
 
 laptop keeps videos of any height and needs no downloaded weights; voxceleb2 wants 1080 lines and heads that are well
-inside the frame. --input and --output are all that is needed. docs/formats.md has an example of each form of list.
+inside the frame. For the motion model: motion makes clips at the videos' own rate of any list, voxceleb1 wants what its paper
+had, and faceforensics takes a folder of files that each show another person. --input and --output are all that is needed.
+docs/formats.md has an example of each form of list.
 
 Exit codes: 0 done, 2 wrong arguments or list, 3 nothing usable came out, 1 our fault.
 """
@@ -27,17 +29,35 @@ from rich.table import Table
 
 from jobs import runtime
 from pipelines import forecast, nodes, preprocess, replay, report, shards, storage, tracking
+from pipelines.annotate import AnnotateConfig
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig, manners_towards
 from pipelines.forecast import Forecast, Range
+from pipelines.identities import IdentitiesConfig
 from pipelines.limiter import find_pauses
 from pipelines.listing import shown
 from pipelines.output import NothingUsableError, OutputLock
 from pipelines.preprocess import Outcome, PreprocessConfig
 from pipelines.progress import Progress
+from pipelines.quality import QualityConfig
 from pipelines.schema import Video
 from pipelines.shards import ShardsConfig
 from pipelines.tracking import DatasetEntry
+from pipelines.tracks import TracksConfig
+
+# Clips for the motion model: every frame, one fixed upright square for a whole clip, steady landmarks, no labels. Frames that
+# repeat the one before stay, or a clip would have holes.
+MOTION = PreprocessConfig(
+    input=tyro.MISSING,
+    output=tyro.MISSING,
+    tracks=TracksConfig(frames_per_second=0, max_frames_per_track=1024, min_frames=32),
+    crops=CropsConfig(
+        crop_rule="fomm", size=256, smooth=True, min_window=192, min_inside=0.5, min_frames=32
+    ),
+    quality=QualityConfig(min_frame_change=0, min_frames=32),
+    annotate=AnnotateConfig(parser="none"),
+    shards=ShardsConfig(target_mb=256.0),
+)
 
 PRESETS = {
     # Reads clips of any height; thresholds that suit webcams and phones. No download of weights: dlib's are in a wheel.
@@ -53,7 +73,29 @@ PRESETS = {
         download=DownloadConfig(min_height=1080),
         crops=CropsConfig(min_inside=0.6),
     ),
+    # Any list: clips of at least 32 frames.
+    "motion": MOTION,
+    # VoxCeleb1's own metadata or first order model's vox-metadata.csv: clips of 64 to 1024 frames, as in the latter.
+    "voxceleb1": replace(
+        MOTION,
+        tracks=replace(MOTION.tracks, min_frames=64),
+        crops=replace(MOTION.crops, min_frames=64),
+        quality=replace(MOTION.quality, min_frames=64),
+        shards=ShardsConfig(),
+    ),
+    # A flat folder of files. A tenth of the 1,000 is for testing, as in Global-Flow-Local-Attention's split.
+    "faceforensics": replace(
+        MOTION, input_format="files", identities=IdentitiesConfig(test_share=0.1)
+    ),
 }
+
+
+def connect(config: PreprocessConfig) -> PreprocessConfig:
+    """Join or start Ray; the configuration with the pools that fit it."""
+    if cores := runtime.own_cores():
+        config = preprocess.on_one_machine(config, cores)
+    runtime.connect(config.minimum_cpus)
+    return config
 
 
 def job() -> None:
@@ -103,7 +145,7 @@ def publish(
     )
     manners = manners_towards("", config.download)
     with tracking.open_run(store, "headray-preprocess", flat, tags) as run:
-        runtime.connect(config.minimum_cpus)
+        config = connect(config)
         with (
             nodes.Timeline(runtime.console.print),
             Progress(
@@ -266,7 +308,7 @@ def plan_rows(told: Forecast) -> list[tuple[str, str, str]]:
 
 def save_rows(config: PreprocessConfig, videos: Iterator[Video]) -> None:
     """Run up to a stage and save the rows that enter the next; the output is locked."""
-    runtime.connect(config.minimum_cpus)
+    config = connect(config)
     with Progress(runtime.console.print) as progress:
         folder = replay.stop_after(config, videos, progress)
     say = runtime.console.print
@@ -280,7 +322,7 @@ def show_replay(config: PreprocessConfig) -> None:
     preprocess.check_weights(config)
     keys = replay.saved_keys(config)
     with OutputLock(config.output):
-        runtime.connect(config.minimum_cpus)
+        config = connect(config)
         show_changes(config, keys)
 
 

@@ -38,7 +38,7 @@ from pipelines.tracking import TrackingError
 from pipelines.voxceleb import ListError
 
 if TYPE_CHECKING:
-    from pipelines.training import Batches, Build, ClusterConfig, HeldOut, Training
+    from pipelines.training import Batches, Build, ClusterConfig, Film, HeldOut, Training
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DONE, FAULT, USAGE, NOTHING = 0, 1, 2, 3
@@ -173,6 +173,13 @@ def require_answer(address: str) -> None:
         usage(f"RAY_ADDRESS={address}: no cluster there ({error}); unset it to use this machine")
 
 
+def own_cores() -> int:
+    """Cores of this machine that a private cluster will have; 0 when the job joins a cluster."""
+    if submitted() or os.environ.get("RAY_ADDRESS", "local") != "local":
+        return 0
+    return len(os.sched_getaffinity(0))
+
+
 def connect(minimum_cpus: float) -> None:
     """Join the cluster that ``RAY_ADDRESS`` names, else start a private one on this machine.
 
@@ -212,7 +219,7 @@ def connect(minimum_cpus: float) -> None:
     else:
         ray.init(
             address="local",
-            num_cpus=(os.cpu_count() or 1) + int(minimum_cpus + 0.999) - 1,
+            num_cpus=own_cores() + int(minimum_cpus + 0.999) - 1,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -230,6 +237,7 @@ def train(
     batches: Batches,
     held_out: HeldOut,
     remarks: Sequence[str],
+    film: Film | None = None,
 ) -> None:
     """What every training job does once it has checked its configuration: lock, record, connect, train, summarise.
 
@@ -240,6 +248,7 @@ def train(
         batches: to train on.
         held_out: to evaluate on.
         remarks: what the summary says of the training beside its numbers.
+        film: shown of each evaluation.
     """
     from pipelines import checkpoints, journal, training
 
@@ -256,6 +265,7 @@ def train(
             build=build,
             batches=batches,
             held_out=held_out,
+            film=film,
             config=config.training,
             cluster=config.cluster,
             health=config.health,
@@ -326,8 +336,14 @@ def prepare_training(name: str, config: Any) -> dict[str, Any]:
     return {
         "store": tracking.find_store(config.output, submitted()),
         "model_name": f"headray-{name}",
-        "card": {"model": name, "dataset": dataclasses.asdict(lineage), "code": code},
+        "card": {"model": name, "dataset": dataclasses.asdict(lineage), "code": code}
+        | stage_of(written["config"]),
     }
+
+
+def stage_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a bundle's card says of a training in stages, from the configuration as it is written; of others nothing."""
+    return {name: config["learner"][name] for name in ("stage",) if name in config["learner"]}
 
 
 def require_reach(cluster: ClusterConfig) -> None:
@@ -388,13 +404,48 @@ def summarise_training(
     )
 
 
-def fetch_bundle(uri: str, output: str) -> str:
-    """A bundle where all workers can read it: one of the registry is copied to ``OUTPUT/work/init``, others stay."""
+def fetch_bundle(uri: str, output: str, name: str) -> str:
+    """A bundle where all workers can read it: one of the registry is copied to ``OUTPUT/work/NAME``, once, so that a run goes on
+    with what it began with; others stay where they are."""
     if not uri.startswith("models:/"):
         return uri
-    found = tracking.find_bundle(uri)
-    place = storage.join(output, WORK, "init")
-    for name in storage.names_below(found):
-        content = storage.read_bytes(storage.join(found, name))
-        storage.write_atomic(storage.join(place, name), content)
+    from models import bundle  # torch: not for every job
+
+    place = storage.join(output, WORK, name)
+    if not storage.exists(storage.join(place, bundle.CONFIG)):
+        found = tracking.find_bundle(uri)
+        for file in (bundle.MODEL, bundle.CARD, bundle.PREVIEW, bundle.CONFIG):
+            content = storage.read_bytes(storage.join(found, file))
+            storage.write_atomic(storage.join(place, file), content)
     return place
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What jobs/calibrate.py measures: how much each layer counts when features are compared."""
+
+    vgg: str
+    """Network, or ``none``."""
+    vgg_layers: tuple[str, ...]
+    vgg_weights: tuple[float, ...]
+    """λ_l, one a layer."""
+    identity: str = ""
+    """Identity network of an Aligner."""
+    identity_weights: tuple[float, ...] = ()
+    """λ_l, one a stage."""
+
+
+def read_calibration(uri: str) -> Calibration:
+    """A file of jobs/calibrate.py; anything else is usage."""
+    uri = location("calibration", uri)
+    try:
+        told = json.loads(storage.read_bytes(uri))
+        return Calibration(
+            vgg=told["vgg"],
+            vgg_layers=tuple(told["vgg_layers"]),
+            vgg_weights=tuple(told["vgg_weights"]),
+            identity=told["identity"],
+            identity_weights=tuple(told["identity_weights"]),
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        usage(f"--calibration {uri}: not a file of jobs/calibrate.py ({error!r})")

@@ -17,7 +17,6 @@ from __future__ import annotations
 if not __package__:
     import script_path  # noqa: F401
 
-import json
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -29,9 +28,14 @@ from models.aligner.learner import AlignerLearnerConfig
 from models.aligner.network import AlignerConfig
 from models.aligner.start import fitting, start
 from models.frozen import arcface, vgg, weights
-from pipelines import samples, shards, storage, tracking
+from pipelines import samples_aligner, shards, tracking
 from pipelines.health import HealthConfig
-from pipelines.samples import HeldOutConfig, SamplesConfig, aligner_batches, held_out_batches
+from pipelines.samples_aligner import (
+    AlignerHeldOutConfig,
+    AlignerSamplesConfig,
+    aligner_batches,
+    held_out_batches,
+)
 from pipelines.training import ClusterConfig, TrainingConfig
 
 HEALTH = HealthConfig(progress="loss/l1", leakage="eval/health/leakage")
@@ -53,9 +57,9 @@ class TrainAlignerConfig:
     """File of jobs/calibrate.py: weights of the layers whose features are compared. They become part of ``learner``."""
     learner: AlignerLearnerConfig = field(default_factory=AlignerLearnerConfig)
     """Network, losses, optimizers."""
-    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    samples: AlignerSamplesConfig = field(default_factory=AlignerSamplesConfig)
     """What is drawn from the dataset."""
-    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+    held_out: AlignerHeldOutConfig = field(default_factory=AlignerHeldOutConfig)
     """What is evaluated on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How long, how often what."""
@@ -91,7 +95,7 @@ PRESETS = {
             discriminator_limit=64,
             vgg="none",
         ),
-        samples=SamplesConfig(
+        samples=AlignerSamplesConfig(
             batch_size=2,
             max_sources=2,
             output_size=64,
@@ -99,7 +103,7 @@ PRESETS = {
             identity="dlib",
             loaders=0,
         ),
-        held_out=HeldOutConfig(batches=2, sources=2),
+        held_out=AlignerHeldOutConfig(batches=2, sources=2),
         training=TrainingConfig(samples=40, log_every=2, evaluate_every=20, checkpoint_every=20),
     ),
     # One GPU, hours, a few identities: LPD's own 256 px network, which the preset grow takes to 512.
@@ -109,7 +113,7 @@ PRESETS = {
         learner=AlignerLearnerConfig(
             network=AlignerConfig(size=256, schedule="lpd"), precision="bf16"
         ),
-        samples=SamplesConfig(batch_size=8, output_size=256),
+        samples=AlignerSamplesConfig(batch_size=8, output_size=256),
         training=TrainingConfig(samples=160_000),
     ),
     # Our choice for a cluster: a mask head, bfloat16, batches large enough for batch statistics.
@@ -117,7 +121,7 @@ PRESETS = {
         dataset=tyro.MISSING,
         output=tyro.MISSING,
         learner=AlignerLearnerConfig(precision="bf16"),
-        samples=SamplesConfig(batch_size=16),
+        samples=AlignerSamplesConfig(batch_size=16),
         training=TrainingConfig(samples=8_000_000, evaluate_every=100_000, checkpoint_every=50_000),
         cluster=ClusterConfig(num_workers=8, gpu="yes"),
     ),
@@ -126,7 +130,7 @@ PRESETS = {
         dataset=tyro.MISSING,
         output=tyro.MISSING,
         learner=AlignerLearnerConfig(network=AlignerConfig(paper_strict=True), dice=0.0),
-        samples=SamplesConfig(batch_size=6, pairing="identity"),
+        samples=AlignerSamplesConfig(batch_size=6, pairing="identity"),
         training=TrainingConfig(samples=6_000_000, evaluate_every=60_000, checkpoint_every=30_000),
         cluster=ClusterConfig(num_workers=6, gpu="yes"),
     ),
@@ -136,7 +140,7 @@ PRESETS = {
         output=tyro.MISSING,
         init=tyro.MISSING,
         learner=AlignerLearnerConfig(precision="bf16", fade_samples=16_000),
-        samples=SamplesConfig(batch_size=8),
+        samples=AlignerSamplesConfig(batch_size=8),
         training=TrainingConfig(samples=160_000),
     ),
 }
@@ -161,7 +165,9 @@ def job() -> None:
     runtime.train(
         "aligner",
         config,
-        build=partial(start, config.learner, runtime.fetch_bundle(config.init, config.output)),
+        build=partial(
+            start, config.learner, runtime.fetch_bundle(config.init, config.output, "init")
+        ),
         batches=partial(aligner_batches, config.samples, config.dataset),
         held_out=partial(held_out_batches, looked_at, config.held_out, config.dataset),
         remarks=remarks(config),
@@ -170,19 +176,14 @@ def job() -> None:
 
 def weighted(learner: AlignerLearnerConfig, calibration: str) -> AlignerLearnerConfig:
     """The configuration with the weights of a file of jobs/calibrate.py, which must be of the same networks and layers."""
-    uri = runtime.location("calibration", calibration)
-    try:
-        found = json.loads(storage.read_bytes(uri))
-        measured = found["vgg"], tuple(found["vgg_layers"]), found["identity"]
-        weights_found = tuple(found["vgg_weights"]), tuple(found["identity_weights"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        runtime.usage(f"--calibration {uri}: not a file of jobs/calibrate.py ({error!r})")
+    found = runtime.read_calibration(calibration)
+    measured = found.vgg, found.vgg_layers, found.identity
     wanted = learner.vgg, learner.vgg_layers, learner.network.identity
     if measured != wanted:
         runtime.usage(
-            f"--calibration {uri}: measured with {measured}, but the training has {wanted}"
+            f"--calibration {calibration}: measured with {measured}, but the training has {wanted}"
         )
-    return replace(learner, vgg_weights=weights_found[0], identity_weights=weights_found[1])
+    return replace(learner, vgg_weights=found.vgg_weights, identity_weights=found.identity_weights)
 
 
 def check(config: TrainAlignerConfig) -> None:
@@ -206,7 +207,7 @@ def check(config: TrainAlignerConfig) -> None:
             weights.find(name)
     num_workers = max(config.cluster.num_workers, 1)
     try:
-        samples.check(config.samples, config.held_out, config.dataset, num_workers)
+        samples_aligner.check(config.samples, config.held_out, config.dataset, num_workers)
         if config.samples.batch_size // num_workers % config.learner.accumulate:
             raise ValueError(
                 f"--learner.accumulate {config.learner.accumulate} must divide a worker's "

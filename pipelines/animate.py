@@ -1,6 +1,7 @@
 """One picture of a face and somebody's motion → a video of the face moving so.
 
-Of the driving video only its landmarks, its clock and its sound are used: it is decoded once, to a kilobyte a frame. Pictures
+Of the driving video only its landmarks, its clock and its sound are used: a kilobyte a frame. They are located twice and
+smoothed, as those of the training clips are (:mod:`pipelines.smoothing`), or the picture trembles with the detector. Pictures
 stream through generator and encoder, so memory hardly grows with the video. What depends on the source alone is computed
 once (``Motion.prepare``), each frame costs the decoders (``Motion.drive``).
 
@@ -19,43 +20,29 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from models.frozen.detector import DetectorName, load_detector
-from models.frozen.landmarks import LandmarkerName, load_landmarker
+from models.frozen.detector import DetectorName
+from models.frozen.landmarks import LandmarkerName
 from models.motion.layout import with_pupils
 from pipelines import storage, tracking
 from pipelines.adaptation import Mode, Points, Pose, adapt
-from pipelines.crops import LandmarkGate, implausible
-from pipelines.geometry import (
-    Floats,
-    Image,
-    box_sizes,
-    fomm_window,
-    iou,
-    landmark_boxes,
-    scale_boxes,
-    transform,
-    warp,
+from pipelines.follower import (
+    FOUND,
+    FollowConfig,
+    Followed,
+    Follower,
+    counts,
+    follow_video,
+    read_picture,
 )
+from pipelines.geometry import Floats, Image, fomm_window, landmark_boxes, transform, warp
 from pipelines.output import ConfigError, NothingUsableError
-from pipelines.video import Decoder, VideoError, VideoInfo, encode, probe
+from pipelines.video import encode
 
 if TYPE_CHECKING:
     from models.motion.network import Motion
-
-SMALLEST_FACE = 0.1
-"""Least side of a face, in shorter sides of the picture: smaller ones are bystanders."""
-SAME_FACE = 0.2
-"""Least overlap of a face's box with where it was last seen."""
-NEAR = 2.5
-"""Sides of the last box: the region that is searched first."""
-FORGET_SECONDS = 1.0
-"""After so long without the face that was followed, the largest one is taken."""
-FOUND = ""
-"""Cause of a frame that has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +68,8 @@ class AnimateConfig:
     """Finds faces."""
     landmarker: LandmarkerName = "dlib"
     """Finds their points."""
+    smooth: bool = True
+    """Take the tremble out of a driving video's landmarks, leave blinks; the video is decoded twice."""
     batch: int = 8
     """Frames generated at once."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -93,22 +82,6 @@ class AnimateConfig:
             raise ValueError(
                 f"fps {self.fps} must be > 0, batch {self.batch} >= 1, crf {self.crf} in 0..51"
             )
-
-
-@dataclass(frozen=True)
-class Drive:
-    """The motion of a driver."""
-
-    landmarks: Points
-    """(n, 68 or 70, 2) pixels, NaN where the face is lost."""
-    times: list[float]
-    """(n) seconds, increasing."""
-    causes: list[str]
-    """(n) why a frame's face is lost, or ``FOUND``."""
-    rate: Fraction
-    """Average frames per second."""
-    sound: bool
-    """Whether the file has any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,48 +102,11 @@ class Animated:
 # --------------------------------------------------------------------------------------------- faces in pictures
 
 
-class Follower:
-    """Finds one face in picture after picture: the largest first, then the one that is where it was."""
-
-    def __init__(self, config: AnimateConfig, size: tuple[int, int]) -> None:
-        self._detector = load_detector(config.detector, SMALLEST_FACE * min(size))
-        self._landmarker = load_landmarker(config.landmarker)
-        self._gate = LandmarkGate()
-        self._box: Floats | None = None
-        self._seen = 0.0
-
-    def find(self, image: Image, at: float = 0.0) -> tuple[Points | None, str]:
-        """The points (68, 2) of the face in an RGB image at a time in seconds, or None and why not."""
-        if at - self._seen > FORGET_SECONDS:
-            self._box = None
-        boxes = self._near(image)
-        if not len(boxes):
-            boxes = self._detector.detect(image)[:, :4]
-        if not len(boxes):
-            return None, "no face"
-        if self._box is None:
-            chosen = boxes[int(np.prod(box_sizes(boxes), axis=1).argmax())]
-        else:
-            overlaps = iou(boxes, self._box)[:, 0]
-            if overlaps.max() < SAME_FACE:
-                return None, "another face"
-            chosen = boxes[int(overlaps.argmax())]
-        points = self._landmarker.locate(image, chosen[None])[0].astype(np.float64)
-        if wrong := implausible(points, chosen, self._gate):
-            return None, f"implausible landmarks: {wrong}"
-        self._box, self._seen = np.asarray(chosen, np.float64), at
-        return points, FOUND
-
-    def _near(self, image: Image) -> NDArray[np.float32]:
-        """Tight boxes (m, 4) around where the face was last seen, which costs a fraction of the whole picture."""
-        if self._box is None:
-            return np.zeros((0, 4), np.float32)
-        height, width = image.shape[:2]
-        low, high = np.round(scale_boxes(self._box, NEAR)).astype(int).reshape(2, 2)
-        left, top = np.maximum(low, 0)
-        right, bottom = np.minimum(high, (width, height))
-        region = np.ascontiguousarray(image[top:bottom, left:right])
-        return self._detector.detect(region)[:, :4] + np.array([left, top, left, top], np.float32)
+def faces(config: AnimateConfig) -> FollowConfig:
+    """How this configuration finds faces."""
+    return FollowConfig(
+        detector=config.detector, landmarker=config.landmarker, smooth=config.smooth
+    )
 
 
 def read_source(config: AnimateConfig, size: int) -> tuple[Image, Floats]:
@@ -186,29 +122,17 @@ def read_source(config: AnimateConfig, size: int) -> tuple[Image, Floats]:
     """
     picture = read_picture(config.source)
     height, width = picture.shape[:2]
-    points, cause = Follower(config, (width, height)).find(picture)
+    points, cause = Follower(faces(config), (width, height)).find(picture)
     if points is None:
         raise ConfigError(f"--source {config.source} ({width} x {height}): {cause}")
     matrix = fomm_window(landmark_boxes(points)[None], size)
     return warp(picture, matrix, (size, size)), transform(matrix, points)
 
 
-def read_picture(uri: str) -> Image:
-    """RGB (h, w, 3), turned as its EXIF says. Raises :class:`ConfigError` for anything that is no picture."""
-    try:
-        content = np.frombuffer(storage.read_bytes(uri), np.uint8)
-    except OSError as error:
-        raise ConfigError(f"--source {uri}: {type(error).__name__}: {error}") from error
-    decoded = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
-    if decoded is None:
-        raise ConfigError(f"--source {uri}: not a picture that OpenCV reads")
-    return np.ascontiguousarray(decoded[:, :, ::-1])
-
-
 # ------------------------------------------------------------------------------------------------- the driver
 
 
-def read_landmarks(uri: str, fps: float) -> Drive:
+def read_landmarks(uri: str, fps: float) -> Followed:
     """A .npy of landmarks. Raises :class:`ConfigError` for another shape or content."""
     try:
         with storage.local_file(uri) as path:
@@ -230,59 +154,10 @@ def read_landmarks(uri: str, fps: float) -> Drive:
     times = [float(index / rate) for index in range(len(points))]
     causes = [FOUND if good else "no landmarks given" for good in known]
     points[~known] = np.nan
-    return Drive(points, times, causes, rate, sound=False)
+    return Followed(points, times, causes, rate, sound=False, decoded=len(points))
 
 
-def follow_video(
-    config: AnimateConfig, path: Path, progress: Callable[[str], None] = lambda _: None
-) -> Drive:
-    """The landmarks of a driving video, frame by frame.
-
-    A video that breaks off is used up to there; its other frames are lost ones.
-
-    Raises:
-        ConfigError: nothing of it can be read.
-    """
-    try:
-        found = probe(path)
-    except VideoError as error:
-        raise ConfigError(f"--driving {config.driving}: {error}") from error
-    landmarks = np.full((found.frames, 68, 2), np.nan)
-    causes: list[str] = []
-    times: list[float] = []
-    last_told = time.monotonic()
-    try:
-        for index, at, points, cause in _follow(config, path, found):
-            if points is not None:
-                landmarks[index] = points
-            causes.append(cause)
-            times.append(at)
-            if time.monotonic() - last_told > 30:
-                progress(f"landmarks of {len(causes)} of {found.frames} frames")
-                last_told = time.monotonic()
-    except VideoError as error:
-        if not causes:
-            raise ConfigError(f"--driving {config.driving}: {error}") from error
-        missing = found.frames - len(causes)
-        step = 1 / found.fps
-        times += [times[-1] + step * (1 + index) for index in range(missing)]
-        causes += [str(error)] * missing
-    rate = Fraction(found.fps or config.fps).limit_denominator(1001)
-    return Drive(landmarks, times, causes, rate, found.audio)
-
-
-def _follow(
-    config: AnimateConfig, path: Path, found: VideoInfo
-) -> Iterator[tuple[int, float, Points | None, str]]:
-    follower = Follower(config, (found.width, found.height))
-    every = range(found.frames)
-    with Decoder() as decoder:
-        for frame in decoder.read(path, found, ranges=[(0, found.frames)], images=every):
-            assert frame.image is not None
-            yield frame.index, frame.time, *follower.find(frame.image, frame.time)
-
-
-def fit(drive: Drive, source: Floats, config: AnimateConfig, size: int, count: int) -> Points:
+def fit(drive: Followed, source: Floats, config: AnimateConfig, size: int, count: int) -> Points:
     """What drives the source: a set of points for every frame in which the driver's face was found.
 
     Args:
@@ -398,12 +273,12 @@ def animate(config: AnimateConfig, say: Callable[[str], None] = lambda _: None) 
             raise ConfigError(f"--driving {config.driving}: no such file")
         is_video = path.suffix != ".npy"
         drive = (
-            follow_video(config, path, say)
+            follow_video(faces(config), path, f"--driving {config.driving}", say)
             if is_video
             else read_landmarks(config.driving, config.fps)
         )
         if FOUND not in drive.causes:
-            reasons = ", ".join(f"{cause}: {n}" for cause, n in _counts(drive.causes).items())
+            reasons = ", ".join(f"{cause}: {n}" for cause, n in counts(drive.causes).items())
             raise NothingUsableError(
                 f"no face in any of {len(drive.causes)} driving frames ({reasons or 'empty'})"
             )
@@ -433,13 +308,13 @@ def animate(config: AnimateConfig, say: Callable[[str], None] = lambda _: None) 
         held=len(lost),
         seconds=drive.times[-1] + float(1 / drive.rate),
         took_seconds=time.monotonic() - began,
-        causes=_counts(lost),
+        causes=counts(lost),
     )
     storage.write_atomic(f"{config.output}.json", frame_log(config, drive, result))
     return result
 
 
-def frame_log(config: AnimateConfig, drive: Drive, result: Animated) -> bytes:
+def frame_log(config: AnimateConfig, drive: Followed, result: Animated) -> bytes:
     """``OUTPUT.json``: the configuration, the sums, and what every frame shows."""
     frames = [
         {"index": index, "time": round(at, 6)}
@@ -460,8 +335,3 @@ def _told(
             say(f"{index} of {count} frames")
             last_told = time.monotonic()
         yield picture
-
-
-def _counts(causes: Sequence[str]) -> dict[str, int]:
-    kinds = [cause.partition(":")[0] for cause in causes if cause != FOUND]
-    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}

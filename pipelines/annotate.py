@@ -71,13 +71,17 @@ def encode_labels(labels: Labels) -> bytes:
 def decode_labels(png: bytes) -> Labels:
     """Inverse of :func:`encode_labels`. Raises ``ValueError`` for anything but a picture of one channel of labels."""
     labels = cv2.imdecode(np.frombuffer(png, dtype=np.uint8), cv2.IMREAD_UNCHANGED) if png else None
-    if (
-        labels is None
-        or labels.ndim != 2
-        or labels.dtype != np.uint8
-        or labels.max() >= len(ParsingLabel)
-    ):
-        raise ValueError(f"{len(png)} bytes are not a PNG of labels 0..{len(ParsingLabel) - 1}")
+    most = len(ParsingLabel) - 1
+    if labels is None:
+        raise ValueError(f"{len(png)} bytes are not a PNG of labels 0..{most}")
+    if labels.ndim != 2 or labels.dtype != np.uint8:
+        kind = f"{labels.shape[2]} channels" if labels.ndim == 3 else f"{labels.dtype} values"
+        raise ValueError(
+            f"a PNG with {kind} is no label map: one channel of 8 bits is needed whose values are the labels 0..{most}, not a"
+            " coloured picture of them"
+        )
+    if labels.max() > most:
+        raise ValueError(f"the label {labels.max()} is unknown; labels are 0..{most}")
     return np.asarray(labels, dtype=np.uint8)
 
 

@@ -201,11 +201,32 @@ def paste_back(frame: Image, window: Image, matrix: ArrayLike, alpha: NDArray[np
         matrix: 2x3 similarity, frame → window.
         alpha: (wh, ww) in [0, 1]: 1 takes the window, 0 keeps the frame. A feather belongs in here.
     """
+    left, top, right, bottom = _reach(alpha, matrix, (frame.shape[1], frame.shape[0]))
+    pasted = frame.copy()
+    if right <= left or bottom <= top:
+        return pasted
     cover = alpha[..., None].astype(np.float32)
     # Colours are warped together with the alpha that weighs them, unclipped: at a hard edge bicubic weights
     # overshoot, and only then does the same overshoot of both leave a picture that nobody edited unchanged.
     both = warp(
-        np.dstack([window * cover, cover]), invert(matrix), (frame.shape[1], frame.shape[0])
+        np.dstack([window * cover, cover]),
+        compose([[1, 0, -left], [0, 1, -top]], invert(matrix)),
+        (right - left, bottom - top),
     )
-    mixed = frame * (1 - both[..., 3:]) + both[..., :3]
-    return np.clip(mixed.round(), 0, 255).astype(np.uint8)
+    mixed = frame[top:bottom, left:right] * (1 - both[..., 3:]) + both[..., :3]
+    pasted[top:bottom, left:right] = np.clip(mixed.round(), 0, 255)
+    return pasted
+
+
+def _reach(alpha: NDArray[np.float32], matrix: ArrayLike, size: Size) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the frame's part that a window's alpha can reach; empty where there is none."""
+    rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
+    if not len(rows):
+        return 0, 0, 0, 0
+    margin = 3  # of the bicubic kernel
+    x = [columns[0] - margin, columns[-1] + 1 + margin]
+    y = [rows[0] - margin, rows[-1] + 1 + margin]
+    corners = transform(invert(matrix), [[a, b] for a in x for b in y])
+    low = np.clip(np.floor(corners.min(axis=0)) - margin, 0, size).astype(int)
+    high = np.clip(np.ceil(corners.max(axis=0)) + margin, 0, size).astype(int)
+    return int(low[0]), int(low[1]), int(high[0]), int(high[1])

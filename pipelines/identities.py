@@ -13,7 +13,7 @@ import hashlib
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import cv2
 import numpy as np
@@ -91,6 +91,9 @@ class IdentitiesConfig:
     """Fewest videos of an identity."""
     min_identity_frames: int = 9
     """Fewest frames of an identity, over all its videos."""
+    split: Literal["clean", "legacy"] = "clean"
+    """``clean``: nobody and nothing that is tested on is trained on. ``legacy``: the list's split as it is, people and clips on
+    both sides and all: only to compare with numbers published on vox-metadata.csv."""
     test_share: float = 0.05
     """Share of the identities kept for testing, by hash of the name, where the list has no official split."""
     resources: StageResources = field(default_factory=lambda: StageResources(memory_gb=1.0))
@@ -327,7 +330,7 @@ def decide(candidates: Iterable[Candidate], config: IdentitiesConfig) -> dict[st
             cause, detail = gone[track.key]
             decision = Decision(split=track.split, cause=cause.value, detail=detail)
         else:
-            decision = Decision(split=splits[track.identity])
+            decision = Decision(split=side_of(splits, track.identity, track.video))
         decisions[track.key] = decision
     return decisions
 
@@ -347,13 +350,19 @@ def settle(
         config: of the stage.
 
     Returns:
-        the split of every identity that had a track left before the last two steps, and ``gone`` with what went here.
+        the split of every identity that had a track left before the last two steps (with a legacy split also of every
+        video, as ``IDENTITY/VIDEO``), and ``gone`` with what went here.
     """
     gone = dict(gone)
     gone |= too_small(Without(tracks, gone), config)
     staying = Without(tracks, gone)
     splits = split_identities(staying, config.test_share, twins)
-    gone |= twin_leaks(staying, splits, twins) | leaks(staying, splits)
+    if config.split == "clean":
+        gone |= twin_leaks(staying, splits, twins) | leaks(staying, splits)
+    else:
+        splits |= {
+            f"{track.identity}/{track.video}": track.split for track in staying if track.split
+        }
     gone |= too_small(Without(tracks, gone), config)
     return splits, gone
 
@@ -480,6 +489,11 @@ def find_twins(means: Mapping[str, Vectors], threshold: float) -> list[Twins]:
                 one, other = names[start + row], names[column]
                 found.append(Twins(one=one, other=other, cosine=float(cosines[row, column])))
     return found
+
+
+def side_of(splits: Mapping[str, str], identity: str, video: str) -> str:
+    """The split of a video, by what :func:`settle` says."""
+    return splits.get(f"{identity}/{video}") or splits[identity]
 
 
 def split_identities(

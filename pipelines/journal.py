@@ -81,6 +81,11 @@ class Journal:
                 self._warnings["tracking"] = self._tracker.problem
         self._tell(samples_seen, at_once=bool(evaluated))
 
+    def film(self, learner: Learner[Any], device: torch.device, samples_seen: int) -> None:
+        """Record the film of an evaluation, where the training has one."""
+        if self._tracker and self.training.film:
+            self._tracker.film(self.training.film(learner=learner, device=device), samples_seen)
+
     def checkpoint(self, learner: Learner[Any], samples_seen: int) -> None:
         """Everything recorded so far is on disk by now, so that nothing before this checkpoint is lost."""
         notes = {

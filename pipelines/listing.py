@@ -32,6 +32,8 @@ MAX_SIDES = 2.0
 """A box with a side of more than two frames is a mistake of the list."""
 SPLITS = {"dev": "train", "train": "train", "val": "val", "valid": "val", "test": "test", "": ""}
 """Words of the lists → names of our splits."""
+STRICTNESS = {"dev": 0, "train": 0, "val": 1, "valid": 1, "test": 2}
+"""Words of the lists → which side of a split counts when a video is on two."""
 
 SAFE = re.compile(ID_PATTERN)
 """Identities and video ids become file names and keys: nothing else may pass."""

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,7 +42,7 @@ from pipelines import (
 )
 from pipelines.output import ConfigError, NothingUsableError, flatten, require_same_recipe
 from pipelines.progress import Progress
-from pipelines.schema import OFF_GPU_NODES, SCHEMA_VERSION, Video, batched, to_row
+from pipelines.schema import OFF_GPU_NODES, SCHEMA_VERSION, VIDEOS_IN_FLIGHT, Video, batched, to_row
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -145,7 +146,7 @@ class PreprocessConfig:
     def minimum_cpus(self) -> float:
         """Logical CPUs below which the plan cannot start: every pool at its least, plus one for tasks."""
         return 1 + sum(
-            stage.resources.min_actors * stage.resources.num_cpus for stage in self.stages
+            max(stage.resources.min_actors, 1) * stage.resources.num_cpus for stage in self.stages
         )
 
     @property
@@ -157,6 +158,39 @@ class PreprocessConfig:
             if not operational and name not in download.OPERATIONAL:
                 flat[name] = value
         return flat
+
+
+SHARES = {
+    "download": 0.17,
+    "tracks": 0.23,
+    "crops": 0.18,
+    "identities": 0.29,
+    "quality": 0.0,
+    "annotate": 0.13,
+    "shards": 0.0,
+}
+"""Of each stage in the CPU time that a video takes, with the networks that come in wheels (benchmarks/README.md). 0: less than
+one in a hundred."""
+PROCESSES_A_CORE = 1.5
+"""An actor waits now and then for the stage before it, or behind it."""
+
+
+def on_one_machine(config: PreprocessConfig, cores: int) -> PreprocessConfig:
+    """Pools for a machine that works for this job alone: each stage has its share of the cores from the beginning.
+
+    Left to grow, the pools of a small machine never came to rest: each new actor costs seconds for its networks, and was
+    ended when the next stage wanted its place. Stages that cost next to nothing keep their one actor.
+    """
+    sized = {}
+    for name, share in SHARES.items():
+        stage = getattr(config, name)
+        if not stage.resources.min_actors:
+            actors = math.ceil(PROCESSES_A_CORE * share * cores) or 1
+            most = stage.resources.max_actors if share else 1
+            resources = replace(stage.resources, min_actors=min(actors, most), max_actors=most)
+            stage = replace(stage, resources=resources)
+        sized[name] = stage
+    return replace(config, **sized)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +239,7 @@ def open_list(config: PreprocessConfig) -> Iterator[Video]:
         config.input_format,
         url_template=config.download.url_template,
         allow_local=config.download.allow_local,
+        both_sides=config.identities.split == "legacy",
     )
     if config.download.from_downloads:
         videos = archive.take_from(config.download.from_downloads, videos)
@@ -322,6 +357,7 @@ def configure_ray_data(config: PreprocessConfig) -> None:
     # GPU nodes, on which no stage then runs (seen with Ray's fake nodes).
     context.execution_options.label_selector = OFF_GPU_NODES
     context.raise_original_map_exception = True  # so that a PlaceError arrives here as one
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = VIDEOS_IN_FLIGHT - 0.5
     patience = download.manners_towards("", config.download).patience_seconds
     deadlines = 3 * config.download.deadline_seconds
     context.execution_no_progress_timeout_s = max(1800, int(deadlines + patience))
@@ -542,7 +578,8 @@ class Samples:
             if row["key"] not in gone:
                 part = f"{row['identity']}-{row['video']}"
                 place = {name: row[name] for name in ("key", "sha256", "offset", "length")}
-                yield splits[row["identity"]], row["identity"], shards.Slice(part=part, **place)
+                side = identities.side_of(splits, row["identity"], row["video"])
+                yield side, row["identity"], shards.Slice(part=part, **place)
 
 
 def gather(
@@ -571,7 +608,9 @@ def gather(
                 for candidate in candidates_of(commit):
                     people.append(candidate)
                     yield sample_row(commit, candidate)
-            copies = quality.find_duplicates(people, config.quality)
+            copies = {}
+            if config.identities.split == "clean":  # the other has copies on both sides
+                copies = quality.find_duplicates(people, config.quality)
             single = [track for track in people if track.key not in copies]
             single.sort(key=lambda track: (track.video, track.key))
             gone.update(copies)
@@ -636,7 +675,7 @@ def decisions(
     told = {}
     for key in commit.slices:
         cause, detail = gone.get(key, ("", ""))
-        split = video.split if cause else splits[video.identity]
+        split = video.split if cause else identities.side_of(splits, video.identity, video.video)
         told[key] = (split, str(cause), detail)
     return told
 

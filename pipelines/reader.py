@@ -25,6 +25,8 @@ from pipelines.shards import MANIFEST, DatasetError
 COLUMNS = ["key", "identity", "video", "split", "shard", "frames", "members", "offsets", "sizes"]
 JSON, LANDMARKS, MATRIX = 0, 1, 2
 """Places of a sample's first members, which every sample has."""
+PUPILS = 5
+"""Place of a member that only some datasets have."""
 OPEN_FILES = 128
 """Shards kept open by one process; more would meet the usual limit of 1,024 with a few loaders."""
 
@@ -118,12 +120,14 @@ class Reader:
         """(tracks + 1): frames of all tracks before this one."""
 
     def _find_pictures(self) -> None:
-        """Where each sample's first picture is, and whether labels follow the pictures; checked on names, all at once."""
+        """Where each sample's first picture is, whether labels follow the pictures, whether pupils are known; checked on names."""
         last = pc.take(self._names, pa.array(self._end - 1))
         labelled = pc.ends_with(last, ".png").to_numpy(zero_copy_only=False)
         self.has_labels = bool(labelled.all())
         self._stride = np.where(labelled, 2, 1)
         self._picture = self._end - self._first - self._stride * self.frames
+        sixth = pc.take(self._names, pa.array(np.minimum(self._first + PUPILS, self._end - 1)))
+        self.has_pupils = bool(pc.all(pc.ends_with(sixth, "pupils.npy")).as_py())
         for place, ending in [(LANDMARKS, "landmarks.npy"), (MATRIX, "matrix.npy"), (self._picture, ".jpg")]:  # fmt: skip
             names = pc.take(self._names, pa.array(np.minimum(self._first + place, self._end - 1)))
             if (self._picture <= MATRIX).any() or not pc.all(pc.ends_with(names, ending)).as_py():

@@ -381,15 +381,16 @@ class StageResources:
     """Share of a GPU of one actor."""
     memory_gb: float = 1.0
     """Memory one actor is expected to need, GiB; Ray places no more actors on a node than fit."""
-    min_actors: int = 1
-    """Actors that are always there."""
+    min_actors: int = 0
+    """Actors that are always there. 0: one in a cluster; on a machine of the job's own as many as the stage's share of the work
+    makes of its cores."""
     max_actors: int = 64
     """Actors the pool may grow to while the stage is the bottleneck."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_actors <= self.max_actors:
+        if not 0 <= self.min_actors <= self.max_actors or self.max_actors < 1:
             raise ValueError(
-                f"actors: 1 <= min_actors <= max_actors, got {self.min_actors} and {self.max_actors}"
+                f"actors: 0 <= min_actors <= max_actors, 1 <= max_actors, got {self.min_actors} and {self.max_actors}"
             )
 
 
@@ -436,6 +437,11 @@ def use_one_thread() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
+VIDEOS_IN_FLIGHT = 4
+"""One that an actor works on, the others wait for it. A pool grows when all its actors have so many: with Ray's own two, stages that
+take a video in no time grew with every handful that came at once, and ended the new actors, just started, soon after."""
+
+
 def add_actors(
     videos: Dataset, actor: type, resources: StageResources, **arguments: Any
 ) -> Dataset:
@@ -453,7 +459,9 @@ def add_actors(
         actor,
         fn_constructor_kwargs=arguments,
         compute=ray.data.ActorPoolStrategy(
-            min_size=resources.min_actors, max_size=resources.max_actors
+            min_size=max(resources.min_actors, 1),
+            max_size=resources.max_actors,
+            max_tasks_in_flight_per_actor=VIDEOS_IN_FLIGHT,
         ),
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,

@@ -5,6 +5,8 @@ about in its box moves its landmarks; then each point's path is fitted by short 
 ones for lids and lips. The filter is symmetric, so nothing lags. Not done: the fusion with optical flow of the same section;
 what is here meets the section's own limits without it.
 
+Windows that are cut around a face in every frame (swapping) have their own filter, a Gaussian over centre, side and angle.
+
 Only frames that are neighbours in the video are smoothed together: points of frames 0.2 s apart have nothing to do with each
 other's noise, and a blink between them is one frame. numpy and scipy only.
 """
@@ -16,9 +18,10 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.ndimage import gaussian_filter1d
 from scipy.signal import savgol_filter
 
-from pipelines.geometry import Floats
+from pipelines.geometry import Floats, invert, square_matrix, transform, window_side
 
 WINDOW = 7
 """Frames to which a parabola is fitted."""
@@ -186,3 +189,55 @@ def measure(raw: Floats, smoothed: Floats | None, indices: Sequence[int]) -> dic
         if np.isfinite(kept):
             measured |= {"blink_kept": kept, "blink_lag": lag}
     return {name: round(value, 5) for name, value in measured.items() if np.isfinite(value)}
+
+
+def window_parameters(matrices: ArrayLike, size: int) -> Floats:
+    """Windows (n, 2, 3), frame → ``size`` pixels, to (n, 4): x and y of the centre in the frame, log of the side, angle.
+
+    The centre, not the matrix's own shift, which a turn of the head moves by a window's width.
+    """
+    matrices = np.asarray(matrices, np.float64).reshape(-1, 2, 3)
+    centres = [transform(invert(matrix), [size / 2, size / 2]) for matrix in matrices]
+    sides = [np.log(window_side(matrix, size)) for matrix in matrices]
+    angles = np.arctan2(matrices[:, 0, 1], matrices[:, 0, 0])
+    return np.column_stack([np.reshape(centres, (-1, 2)), sides, angles])
+
+
+def windows_from(parameters: Floats, size: int) -> Floats:
+    """Inverse of :func:`window_parameters`: (n, 4) to (n, 2, 3)."""
+    made = [square_matrix((x, y), np.exp(side), angle, size) for x, y, side, angle in parameters]
+    return np.reshape(made, (-1, 2, 3))
+
+
+def steady_windows(matrices: ArrayLike, indices: Sequence[int], size: int, sigma: float) -> Floats:
+    """Windows (n, 2, 3) whose four parameters are smoothed over time, within stretches of neighbours.
+
+    Beyond its ends a stretch goes on as it came, turned about the end (so a head that moves evenly is followed without lag
+    there, too).
+
+    Args:
+        matrices: frame → window.
+        indices: (n,) increasing frame indices; a cut is a gap.
+        size: side of the windows, pixels.
+        sigma: of the Gaussian, frames; 0 leaves everything as it is.
+    """
+    parameters = window_parameters(matrices, size)
+    if sigma == 0 or not len(parameters):
+        return windows_from(parameters, size)
+    reach = int(np.ceil(4 * sigma))
+    for run in runs(indices):
+        path = parameters[run]
+        path[:, 3] = np.unwrap(path[:, 3])
+        around = min(reach, len(path) - 1)
+        if around:
+            longer = np.pad(path, ((around, around), (0, 0)), mode="reflect", reflect_type="odd")
+            smoothed = gaussian_filter1d(longer, sigma, axis=0, mode="nearest", truncate=4.0)
+            parameters[run] = smoothed[around:-around]
+    return windows_from(parameters, size)
+
+
+def bend(values: Floats, indices: Sequence[int]) -> Floats:
+    """Mean of |v(t+1) - 2 v(t) + v(t-1)| of each column of (n, k), over neighbours; NaN without three."""
+    bends = [np.diff(values[run], n=2, axis=0) for run in runs(indices)]
+    found = np.concatenate([np.zeros((0, values.shape[1])), *bends])
+    return np.abs(found).mean(axis=0) if len(found) else np.full(values.shape[1], np.nan)

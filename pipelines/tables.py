@@ -11,7 +11,9 @@ A table has a column ``identity`` and ``url`` or ``path``, and optionally:
 
 ``vox-metadata.csv`` is that of AliaksandrSiarohin/video-preprocessing: ``video_id, start, end, bbox, fps, width, height,
 partition, person_id``, one constant box (``left-top-right-bottom``, pixels of width x height) from frame ``start`` up to
-but without frame ``end``, at ``fps``.
+but without frame ``end``, at ``fps``. The published file lists two videos for training and for testing, with the same clips, and
+311 rows twice. A row twice counts once. Of a video on two sides the one that is tested on stays, unless a legacy split is asked
+for: then the other side is a video of its own, ``<video>_train``.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from pipelines.listing import (
     MAX_SECONDS,
     MAX_SIDES,
     SPLITS,
+    STRICTNESS,
     ListError,
     SpanError,
     ending,
@@ -75,7 +78,13 @@ class Line(NamedTuple):
 
 
 def table_videos(
-    fs: Any, path: str, list_format: str, url_template: str, allow_local: bool
+    fs: Any,
+    path: str,
+    list_format: str,
+    url_template: str,
+    *,
+    allow_local: bool,
+    both_sides: bool,
 ) -> Iterator[Video]:
     """Videos of the table at ``path``, sorted by identity and video.
 
@@ -84,6 +93,7 @@ def table_videos(
         list_format: ``table``, ``vox-metadata``, or ``auto``: decided by the columns.
         url_template: makes URLs of the video ids of ``vox-metadata.csv``.
         allow_local: whether rows may name files.
+        both_sides: whether ``vox-metadata.csv`` may have one video on two sides of its split.
 
     Raises:
         ListError: columns are missing, or the file cannot be read.
@@ -108,7 +118,15 @@ def table_videos(
     for (identity, video), group in itertools.groupby(
         rows, lambda row: (row["identity"], row["video"])
     ):
-        yield _assemble(Video(identity=identity, video=video), group, where, folder)
+        if list_format != "vox-metadata":
+            yield _assemble(Video(identity=identity, video=video), group, where, folder)
+            continue
+        # stricter sides first, so that they decide; a sort keeps the order of lines
+        sorted_sides = sorted(group, key=lambda row: -STRICTNESS.get(row["split"].lower(), -1))
+        sides = itertools.groupby(sorted_sides, lambda row: row["split"] if both_sides else "")
+        for number, (side, rows) in enumerate(sides):
+            name = f"{video}_{side}" if number else video
+            yield _assemble(Video(identity=identity, video=name), rows, where, folder)
 
 
 def _require_columns(columns: set[str], list_format: str, where: str) -> None:
@@ -245,6 +263,9 @@ def _assemble(video: Video, rows: Iterator[dict[str, Any]], where: str, folder: 
             span = _read_span(row, at)
             if source is None:
                 source, source_line = found, row["line"]
+            elif found != source and replace(found, split=source.split) == source:
+                detail = f"{at}: for {found.split or 'neither'}, but line {source_line} has the video for {source.split}"
+                raise SpanError(Cause.LIST_DUPLICATE, detail)
             elif found != source:
                 detail = f"{at}: url, path, split or gender differ from line {source_line}"
                 raise SpanError(Cause.LIST_MALFORMED, detail)

@@ -437,6 +437,10 @@ class Tracker:
         """Record a PNG at a step; MLflow shows those of one key as a series."""
         self._record(key, step, {"image": base64.b64encode(png).decode(), "key": key})
 
+    def film(self, mp4: bytes, step: int) -> None:
+        """Record a video at a step, as the artifact ``films/STEP.mp4``."""
+        self._record("film", step, {"film": base64.b64encode(mp4).decode()})
+
     def bundle(self, uri: str, name: str, sha256: str, step: int) -> None:
         """Record a bundle as a new version of a registered model, alias ``candidate``; the same bytes are one version."""
         content = {"bundle": uri, "name": name, "sha256": sha256}
@@ -570,6 +574,11 @@ class Tracker:
             self._client.log_batch(run_id, metrics=metrics)
         elif "image" in record:
             self._send_image(record)
+        elif "film" in record:
+            with tempfile.TemporaryDirectory(prefix="headray-") as folder:
+                made = Path(folder, f"{step:012d}.mp4")
+                made.write_bytes(base64.b64decode(record["film"]))
+                self._client.log_artifact(run_id, str(made), "films")
         elif "bundle" in record:
             self._register(record)
         else:

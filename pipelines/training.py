@@ -42,6 +42,7 @@ OPERATIONAL = (
     "training.evaluate_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "learner.schedule.epochs",
 )
 """Fields, or beginnings of their names, that an unfinished or finished run may change and go on."""
 
@@ -118,6 +119,12 @@ class HeldOut(Protocol):
     def __call__(self, *, rank: int, world_size: int) -> Iterable[Any]: ...
 
 
+class Film(Protocol):
+    """What rank 0 shows of each evaluation beside the preview: an mp4."""
+
+    def __call__(self, *, learner: Learner[Any], device: torch.device) -> bytes: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long, and how often what. Everything is counted in samples, over all workers."""
@@ -174,6 +181,8 @@ class Training:
     batches: Batches
     held_out: HeldOut
     config: TrainingConfig
+    film: Film | None = None
+    """For models of motion, which stills do not show."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     health: health.HealthConfig = field(default_factory=health.HealthConfig)
     store: tracking.Store | None = None
@@ -321,6 +330,7 @@ def _loop(
         evaluated, preview = evaluate(training, learner, device, 0)
         if journal:
             journal.write(0, {}, evaluated, preview, learner.preview_columns)
+            journal.film(learner, device, 0)
     meter = Meter(device, world_size, samples_seen)
     for batch in steps(training, samples_seen, rank, world_size, meter):
         reseed(config.seed, samples_seen, rank)
@@ -337,6 +347,8 @@ def _loop(
         )
         if journal and values:
             journal.write(samples_seen, values, evaluated, preview, learner.preview_columns)
+        if journal and due.evaluate:
+            journal.film(learner, device, samples_seen)
         if due.checkpoint:
             if journal:
                 journal.checkpoint(learner, samples_seen)

@@ -35,12 +35,12 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import av
 import cv2
@@ -837,8 +837,22 @@ def _wanted(
 
 COPIED_SOUND = ("aac", "mp3", "ac3", "eac3")
 """Codecs of sound that every player takes in an mp4; any other becomes AAC."""
+PCM = {
+    "u8": "pcm_u8",
+    "s16": "pcm_s16le",
+    "s32": "pcm_s32le",
+    "flt": "pcm_f32le",
+    "dbl": "pcm_f64le",
+}
+"""What sound becomes in Matroska, which has no place for what an AAC or MP3 decoder must skip: by the samples' format."""
 CLOCK = Fraction(1, 90000)
 """Unit of presentation times, seconds, when they are given."""
+Codec = Literal["h264", "ffv1"]
+"""What :func:`encode_part` writes: H.264, which everything plays, or FFV1 of RGB, which loses nothing."""
+FORMATS = {".mp4": "mp4", ".mkv": "matroska"}
+"""Suffix of a file → its container. FFV1 is for Matroska only."""
+ENCODER_THREADS = 4
+"""Of every encoder on every machine: x264's output depends on it."""
 
 
 def encode(
@@ -880,12 +894,7 @@ def encode(
             while waiting is not None and waiting[0] <= seconds:  # muxers want both side by side
                 container.mux(waiting[1])
                 waiting = next(packets, None)
-            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
-            shown = frame.reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-            )
+            shown = _shown(picture, stream)
             if times is not None:
                 shown.pts, shown.time_base = round(Fraction(seconds) / CLOCK), CLOCK
             container.mux(stream.encode(shown))
@@ -909,6 +918,118 @@ def _add_h264(container: Any, picture: Picture, rate: Fraction, crf: int) -> Any
     return stream
 
 
+def encode_part(
+    path: Path, pictures: Iterable[Picture], rate: Fraction, codec: Codec, crf: int = 18
+) -> int:
+    """Write pictures so that parts can be joined: packets come in the order in which they are shown. Returns their number.
+
+    Args:
+        path: of the file to make, ``.mp4`` or ``.mkv``; its times mean nothing, :func:`join` gives them.
+        pictures: (height, width, 3) RGB each, all of one size, of any size: where a side is odd, H.264 keeps all colours.
+        rate: frames per second.
+        codec: H.264 tagged BT.709, or FFV1 in RGB.
+        crf: quality of x264; 18 is visually lossless.
+
+    Raises:
+        ValueError: no picture came.
+    """
+    count = 0
+    with av.open(str(path), "w", format=FORMATS[path.suffix]) as container:
+        stream: Any = None
+        for picture in pictures:
+            if stream is None:
+                stream = (_add_ffv1 if codec == "ffv1" else _add_h264)(
+                    container, picture, rate, crf
+                )
+                stream.codec_context.thread_count = ENCODER_THREADS
+                if codec == "h264":
+                    stream.options = stream.options | {"bf": "0"}
+                    if picture.shape[0] % 2 or picture.shape[1] % 2:
+                        stream.pix_fmt = "yuv444p"
+            container.mux(stream.encode(_shown(picture, stream)))
+            count += 1
+        if stream is None:
+            raise ValueError(f"{path}: no pictures to encode")
+        container.mux(stream.encode(None))
+    return count
+
+
+def join(
+    path: Path,
+    parts: Iterable[Path],
+    times: Sequence[float],
+    *,
+    sound: Path | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """One file of parts that :func:`encode_part` made of one video; nothing is encoded again but sound an mp4 cannot hold.
+
+    Args:
+        path: of the file to make, ``.mp4`` or ``.mkv``.
+        parts: in order.
+        times: presentation time of every picture of all parts in seconds, increasing.
+        sound: a file whose sound is added, on the same time line: seconds from that file's start.
+        metadata: of the container, any keys.
+
+    Raises:
+        VideoError: the file with the sound cannot be opened.
+    """
+    ticks = [round(Fraction(seconds) / CLOCK) for seconds in times]
+    last = ticks[-1] - ticks[-2] if len(ticks) > 1 else round(1 / (25 * CLOCK))
+    lengths = np.diff(ticks, append=ticks[-1] + last)
+    form = FORMATS[path.suffix]
+    options = {"movflags": "use_metadata_tags"} if form == "mp4" else {}
+    with av.open(str(path), "w", format=form, options=options) as container, ExitStack() as opened:
+        container.metadata.update(metadata or {})
+        packets: Iterator[tuple[float, Any]] = iter(())
+        waiting: tuple[float, Any] | None = None
+        stream: Any = None
+        index = 0
+        for part in parts:
+            with av.open(str(part)) as source:
+                if stream is None:
+                    stream = container.add_stream_from_template(source.streams.video[0])
+                    stream.time_base = CLOCK
+                    if sound is not None:
+                        packets = _sound_packets(container, opened.enter_context(_opened(sound)))
+                    waiting = next(packets, None)
+                for packet in source.demux(video=0):
+                    if packet.size == 0:
+                        continue
+                    while waiting is not None and waiting[0] <= times[index]:
+                        container.mux(waiting[1])
+                        waiting = next(packets, None)
+                    packet.stream, packet.time_base = stream, CLOCK
+                    packet.pts = packet.dts = ticks[index]
+                    packet.duration = int(lengths[index])
+                    container.mux(packet)
+                    index += 1
+        assert index == len(times), (index, len(times))
+        if waiting is not None:
+            container.mux(waiting[1])
+        for _, packet in packets:
+            container.mux(packet)
+
+
+def _add_ffv1(container: Any, picture: Picture, rate: Fraction, _: int) -> Any:
+    """A lossless stream for pictures of this one's size: RGB, which FFmpeg's FFV1 calls bgr0 where there are 8 bits (gbrp above)."""
+    stream = container.add_stream("ffv1", rate=rate)
+    stream.height, stream.width = picture.shape[:2]
+    stream.pix_fmt = "bgr0"
+    stream.options = {"level": "3", "slices": "4", "slicecrc": "1"}
+    return stream
+
+
+def _shown(picture: Picture, stream: Any) -> Any:
+    """A picture as a stream's encoder wants it."""
+    frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+    if stream.pix_fmt == "bgr0":
+        return frame.reformat(format="bgr0")
+    return frame.reformat(
+        format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    )
+
+
 def _sound_packets(container: Any, source: Any) -> Iterator[tuple[float, Any]]:
     """Packets of the source's sound with their times, for a stream that is added to ``container`` at once.
 
@@ -917,11 +1038,16 @@ def _sound_packets(container: Any, source: Any) -> Iterator[tuple[float, Any]]:
     stream = source.streams.best("audio")
     if stream is None or stream.codec_context is None:
         return iter(())
-    copied = stream.codec_context.name in COPIED_SOUND
+    codec, rate = stream.codec_context.codec.canonical_name, stream.codec_context.sample_rate
+    if container.format.name == "matroska":
+        copied = codec.startswith("pcm_") or codec == "flac"
+        encoder = PCM[stream.codec_context.format.packed.name]
+    else:
+        copied, encoder = codec in COPIED_SOUND, "aac"
     added = (
         container.add_stream_from_template(stream)
         if copied
-        else container.add_stream("aac", rate=stream.codec_context.sample_rate)
+        else container.add_stream(encoder, rate=rate, layout=stream.codec_context.layout.name)
     )
     start = Fraction(source.start_time or 0, av.time_base)
 

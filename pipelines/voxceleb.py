@@ -1,6 +1,6 @@
 """Stage 1. A list of videos → one :class:`Video` each, in the driver, one video at a time.
 
-A list is a folder, a zip, or a file at any fsspec URI, in one of five forms:
+A list is a folder, a zip, or a file at any fsspec URI, in one of six forms:
 
 ``voxceleb2``
     ``txt/<identity>/<video>/<utterance>.txt`` with boxes in fractions of the frame; ``vox2_meta.csv`` if present.
@@ -12,6 +12,8 @@ A list is a folder, a zip, or a file at any fsspec URI, in one of five forms:
     csv, jsonl or parquet with ``identity`` and ``url`` or ``path`` (``tables.py`` names the other columns).
 ``folder``
     ``<identity>/<any>.mp4``, or another container: one's own videos.
+``files``
+    ``<any>.mp4``, each with another person (FaceForensics++). Never chosen by ``auto``: who is whom must be said.
 
 Rows come sorted by identity and video whatever the order of the list, and nothing that is listed is missing:
 ``listing.py`` says what becomes of what is wrong.
@@ -61,7 +63,7 @@ from pipelines.listing import (
 from pipelines.schema import BoxUnits, Cause, Span, Track, Video, one_line
 from pipelines.tables import TABLE_ENDINGS, table_videos
 
-ListFormat = Literal["auto", "voxceleb2", "voxceleb1", "vox-metadata", "table", "folder"]
+ListFormat = Literal["auto", "voxceleb2", "voxceleb1", "vox-metadata", "table", "folder", "files"]
 
 YOUTUBE = "https://www.youtube.com/watch?v={video}"
 TREE_UNITS: dict[str, BoxUnits] = {"voxceleb2": "fraction", "voxceleb1": "height360"}
@@ -86,6 +88,7 @@ def read_list(
     *,
     url_template: str = YOUTUBE,
     allow_local: bool = False,
+    both_sides: bool = False,
 ) -> Iterator[Video]:
     """Open a list and return its videos, sorted by identity and video; parsing happens while iterating.
 
@@ -95,6 +98,7 @@ def read_list(
         url_template: makes the URL of a VoxCeleb video; ``{video}`` stands for its id.
         allow_local: let a table name files, in ``path`` or as ``file://``. Off, a list from elsewhere cannot read
             this disk. A ``folder`` needs no permission: the user named it.
+        both_sides: keep both sides of a video that ``vox-metadata.csv`` lists for training and for testing.
 
     Raises:
         ListError: at once if nothing usable is there; while iterating if reading breaks off.
@@ -102,7 +106,7 @@ def read_list(
     if list_format not in get_args(ListFormat):
         known = ", ".join(get_args(ListFormat))
         raise ListError(f"{shown(uri)}: unknown format {list_format!r}: use one of {known}")
-    videos = _videos(uri, list_format, url_template, allow_local)
+    videos = _videos(uri, list_format, url_template, allow_local=allow_local, both_sides=both_sides)
     first = next(videos, None)
     if first is None:
         raise ListError(f"{shown(uri)}: the list is empty (read as {list_format})")
@@ -110,15 +114,19 @@ def read_list(
 
 
 def _videos(
-    uri: str, list_format: ListFormat, url_template: str, allow_local: bool
+    uri: str, list_format: ListFormat, url_template: str, *, allow_local: bool, both_sides: bool
 ) -> Iterator[Video]:
     fs, path = open_location(uri)
     try:
         kind = _detect(fs, path) if list_format == "auto" else list_format
         if kind in ("table", "vox-metadata"):
-            yield from table_videos(fs, path, list_format, url_template, allow_local)
+            yield from table_videos(
+                fs, path, list_format, url_template, allow_local=allow_local, both_sides=both_sides
+            )
         elif kind == "folder":
             yield from folder_videos(fs, path)
+        elif kind == "files":
+            yield from file_videos(fs, path)
         else:
             tree: Tree = ZipTree(fs, path) if ending(path) == ".zip" else FolderTree(fs, path)
             yield from tree_videos(tree, TREE_UNITS.get(list_format), url_template)
@@ -544,7 +552,8 @@ def folder_videos(fs: Any, root: str) -> Iterator[Video]:
         raise ListError(f"{shown(root)}: videos inside a zip cannot be read: unpack it")
     for _, path, _ in list_files(fs, root, depth=1):
         if _is_video(path):
-            error = SpanError(Cause.LIST_MALFORMED, f"{path}: move it into a folder <identity>/")
+            cure = "move it into a folder <identity>/, or give --input-format files"
+            error = SpanError(Cause.LIST_MALFORMED, f"{path}: {cure}")
             row = Video(identity="", video=short_hash(path))
             yield finish(row, [], [rejected_span(0, "00001", error)], "")
     for identity, folder in list_folders(fs, root):
@@ -561,6 +570,23 @@ def folder_videos(fs: Any, root: str) -> Iterator[Video]:
             else:
                 error = SpanError(Cause.LIST_UNSAFE, f"{path}: rename it to plain characters")
                 yield finish(row, [], [rejected_span(0, "00001", error)], printable(path))
+
+
+def file_videos(fs: Any, root: str) -> Iterator[Video]:
+    """``<any>.mp4``, each a person of its own, called as the file is; other names become a hash."""
+    people: dict[str, str] = {}
+    for parts, path, _ in list_files(fs, root, depth=1):
+        if len(parts) == 1 and _is_video(path):
+            stem = PurePosixPath(path).stem
+            is_plain = SAFE.fullmatch(stem) and stem not in people
+            people[stem if is_plain else short_hash(parts[0])] = full_path(fs, path)
+    for name, path in sorted(people.items()):
+        row = Video(identity=name, video=name)
+        if path == printable(path):
+            yield finish(replace(row, path=path), [Span(name="00001")], [], path)
+        else:
+            error = SpanError(Cause.LIST_UNSAFE, f"{path}: rename it to plain characters")
+            yield finish(row, [], [rejected_span(0, "00001", error)], printable(path))
 
 
 def _is_video(path: str) -> bool:

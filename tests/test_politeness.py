@@ -51,7 +51,9 @@ def arguments(folder: Path, site: VideoSite, names: list[str]) -> list[str]:
 
 
 def test_a_storm_stops_everybody_until_it_is_over(site: VideoSite, tmp_path: Path) -> None:
-    site.storm = Storm(after=6, seconds=3.0)
+    site.storm = Storm(
+        after=6, seconds=3 * PAUSE
+    )  # the first probe still meets it, however slow the machine
     site.pages["/gone.mp4"] = status(404)
     site.pages["/broken.mp4"] = status(500)
     site.pages["/forbidden.mp4"] = status(403)

@@ -184,12 +184,12 @@ def test_batches_show_one_person_each(dataset: Path, monkeypatch: pytest.MonkeyP
 
     from models.aligner.augment import AugmentConfig
     from models.frozen.arcface import crop_faces, load_identity_network
-    from pipelines.samples import SamplesConfig, aligner_batches
+    from pipelines.samples_aligner import AlignerSamplesConfig, aligner_batches
 
     monkeypatch.setenv("HEADRAY_WEIGHTS", str(SHARED / "weights"))
     network = load_identity_network("mobilefacenet")
     still = AugmentConfig(max_photometric=0, scale=0.0)
-    config = SamplesConfig(
+    config = AlignerSamplesConfig(
         identity="mobilefacenet", max_sources=2, batch_size=12, loaders=2, augment=still
     )
     batches = aligner_batches(config, str(dataset), samples_seen=0, rank=0, world_size=1)

@@ -84,6 +84,8 @@ class AlignerConfig:
     """Groups of its convolutions, 4 channels wide each: 32x4d (LPD)."""
     motion_width: float = 1.0
     """Channels of the pose and expression encoders in those of MobileNetV2."""
+    is_subject: bool = False
+    """The code that says who is trained, too, and part of the weights: a network of one person (fine-tuning; LPD)."""
 
     def __post_init__(self) -> None:
         least = CONSTANT_SIDE * (4 if self.schedule == "append64" else 2)
@@ -333,6 +335,9 @@ class Aligner(nn.Module):
         is_split = config.motion_encoder == "split"
         self.expression = motion_encoder(config, config.expression_dim) if is_split else None
         self.generator = Generator(config)
+        code = nn.Parameter(torch.zeros(1, config.source_dim)) if config.is_subject else None
+        self.source_code: nn.Parameter | None
+        self.register_parameter("source_code", code)
 
     def forward(
         self,
@@ -355,7 +360,12 @@ class Aligner(nn.Module):
         return self.generate(source_code, self.encode_motion(driving, driving_face), fade)
 
     def encode_sources(self, sources: Tensor, identities: Tensor) -> Tensor:
-        """Who: (b, k, 3, E, E) and (b, k, d2) to (b, d1 + d2). Wanted once per person."""
+        """Who: (b, k, 3, E, E) and (b, k, d2) to (b, d1 + d2). Wanted once per person.
+
+        A network of one person says who it is itself and looks at no picture.
+        """
+        if self.source_code is not None:
+            return self.source_code.expand(len(sources), -1)
         k = sources.shape[1]
         portrait = self.portrait(sources.flatten(0, 1)).unflatten(0, (-1, k)).mean(dim=1)  # (b, d1)
         identity = F.normalize(identities.mean(dim=1), dim=1) * sqrt(identities.shape[2])  # (b, d2)

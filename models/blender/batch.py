@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from models.blender.pairs import Pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,39 +33,60 @@ class BlenderBatch:
     """T' of the second cycle: another frame of the person, or another person."""
     other_labels: Tensor
     other_valid: Tensor
+    colours: Tensor
+    """(b, 4) how A was recoloured: factors of brightness, contrast and saturation, shift of hue in turns."""
+    turn: Tensor
+    """(b, 2) how truth and A were turned and sheared against T, degrees."""
+    wants_aligner: Tensor
+    """(b) bool: an Aligner's picture of the truth is to take the place of A's head (``pairs.put_heads``), where there is one."""
+    sources: Tensor | None = None
+    """(b, k, 3, E, E) what the Aligner makes it from, as in ``AlignerBatch``; 0 where none is wanted, None without Aligner."""
+    source_faces: Tensor | None = None
+    """(b, k, 3, fh, fw)."""
+    driving: Tensor | None = None
+    """(b, 3, E, E)."""
+    driving_face: Tensor | None = None
+    """(b, 3, E, E)."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> BlenderBatch:
         """The same batch on a device."""
-        return replace(
-            self,
-            **{name: x.to(device, non_blocking=non_blocking) for name, x in self._tensors()},
-        )
+        return self._each(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> BlenderBatch:
         """The same batch in page-locked memory (what ``DataLoader(pin_memory=True)`` calls)."""
-        return replace(self, **{name: x.pin_memory() for name, x in self._tensors()})
+        return self._each(Tensor.pin_memory)
 
     def chunk(self, n: int) -> list[BlenderBatch]:
         """Split into ``n`` equal micro-batches in order. Raises ``ValueError`` when the batch cannot be divided so."""
         if n < 1 or len(self) % n:
             raise ValueError(f"a batch of {len(self)} cannot be split into {n} equal parts")
         size = len(self) // n
+        columns = {name: x.split(size) for name, x in self.tensors().items()}
         return [
             BlenderBatch(
-                keys=self.keys[start : start + size],
-                **{name: x[start : start + size] for name, x in self._tensors()},
+                keys=self.keys[i * size : (i + 1) * size],
+                **{name: parts[i] for name, parts in columns.items()},
             )
-            for start in range(0, len(self), size)
+            for i in range(n)
         ]
 
-    def _tensors(self) -> list[tuple[str, Any]]:
-        return [(f.name, getattr(self, f.name)) for f in fields(self) if f.name != "keys"]
+    def tensors(self) -> dict[str, Any]:
+        """Those there are, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> BlenderBatch:
+        changed: dict[str, Any] = {name: change(x) for name, x in self.tensors().items()}
+        return replace(self, **changed)
 
 
-def collate(keys: Sequence[str], pairs: Sequence[Pair]) -> BlenderBatch:
-    """Samples of one size to a batch."""
-    columns = {name: torch.stack([getattr(pair, name) for pair in pairs]) for name in Pair._fields}
-    return BlenderBatch(keys=list(keys), **columns)
+def join(batches: Sequence[BlenderBatch]) -> BlenderBatch:
+    """Batches with the same tensors, one after the other."""
+    columns = [batch.tensors() for batch in batches]
+    return BlenderBatch(
+        keys=[key for batch in batches for key in batch.keys],
+        **{name: torch.cat([column[name] for column in columns]) for name in columns[0]},
+    )

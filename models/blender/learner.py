@@ -17,6 +17,7 @@ from torch.optim import Adam, Optimizer
 from models import losses
 from models.blender.batch import BlenderBatch
 from models.blender.network import Blended, Blender, BlenderConfig, gray
+from models.blender.pairs import put_heads
 from models.discriminators import ResidualDiscriminator
 from models.ema import Ema
 from models.frozen.vgg import Vgg19Features
@@ -29,6 +30,8 @@ PERCEPTUAL_LAYERS: dict[PerceptualName, tuple[str, ...]] = {
     "vgg_normalised_conv3_1": ("relu1_1", "relu2_1", "relu3_1"),
     "none": (),
 }
+Reenact = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""An Aligner: sources (n, k, 3, E, E), their faces, driving picture and its face → pictures (n, 3, S, S) in [-1, 1]."""
 PREVIEW_COLUMNS = (
     "target", "aligned head", "colour exemplar", "inpainting exemplar", "blended", "truth",
 )  # fmt: skip
@@ -74,6 +77,8 @@ class BlenderLearnerConfig:
     """``fp32`` or ``bf16``; the correspondence and the losses are float32 always."""
     accumulate: int = 1
     """Micro-batches a step."""
+    random_init: bool = False
+    """A trunk without its weights. For networks whose weights come from elsewhere, and tests of shape and speed."""
 
     def __post_init__(self) -> None:
         if min(self.lr, self.discriminator_lr, self.clip) <= 0:
@@ -86,16 +91,21 @@ class BlenderLearnerConfig:
             raise ValueError("perceptual_weights have no effect while perceptual is none")
 
 
-def calibrate(config: BlenderLearnerConfig, images: Iterable[Tensor]) -> BlenderLearnerConfig:
-    """The config with λ_l measured on batches (b, 3, S, S) in [-1, 1] of real pictures, 256 in all or so.
+@torch.no_grad()
+def calibrate(
+    config: BlenderLearnerConfig,
+    images: Iterable[Tensor],
+    device: torch.device | str = "cpu",
+) -> BlenderLearnerConfig:
+    """The config with λ_l measured, on ``device``, on batches (b, 3, S, S) in [-1, 1] of real pictures, 256 in all or so.
 
     Raises:
         WeightsError: the perceptual network's weights are missing or wrong.
     """
     if config.perceptual == "none":
         return config
-    vgg = Vgg19Features(PERCEPTUAL_LAYERS[config.perceptual], config.perceptual)
-    weights = losses.calibrated_weights(vgg(batch) for batch in images)
+    vgg = Vgg19Features(PERCEPTUAL_LAYERS[config.perceptual], config.perceptual).to(device)
+    weights = losses.calibrated_weights(vgg(batch.to(device)) for batch in images)
     return replace(config, perceptual_weights=weights)
 
 
@@ -110,8 +120,15 @@ class BlenderLearner:
         *,
         wrap: Callable[[nn.Module], nn.Module],
         device: torch.device,
+        reenact: Reenact | None = None,
     ) -> None:
         """Build networks and optimisers on ``device``.
+
+        Args:
+            config: of the learner.
+            wrap: goes around each trained network.
+            device: where they are.
+            reenact: makes the heads of the samples that want an Aligner's; without it they stay recoloured frames.
 
         Raises:
             WeightsError: weights of the trunk or the perceptual network are missing or wrong.
@@ -125,8 +142,10 @@ class BlenderLearner:
             )
         self.config = config
         self.device = device
+        self._reenact = reenact
         blender = Blender(config.network)
-        blender.features.load_trunk()
+        if not config.random_init:
+            blender.features.load_trunk()
         discriminator = ResidualDiscriminator(
             5, config.network.size, config.discriminator_base, config.discriminator_limit
         )
@@ -168,6 +187,7 @@ class BlenderLearner:
         """
         self._blender.train()
         self._discriminator.train()
+        batch = self.with_heads(batch)
         weights = self._weights(samples_seen)
         metrics: dict[str, Tensor] = {}
         networks = [self._blender, self._discriminator]
@@ -192,6 +212,7 @@ class BlenderLearner:
     @torch.no_grad()
     def eval_step(self, batch: BlenderBatch) -> dict[str, Tensor]:
         """Losses and PSNR of the averaged network; PSNR on what was painted, on the head and on the rest of it."""
+        batch = self.with_heads(batch)
         blended: Blended = self._ema.network(batch)
         masks = blended.masks
         return {
@@ -206,6 +227,7 @@ class BlenderLearner:
     @torch.no_grad()
     def preview(self, batch: BlenderBatch) -> Tensor:
         """(b, 3, S, 6 S) in [-1, 1]: the pictures that ``preview_columns`` names, of the averaged network."""
+        batch = self.with_heads(batch)
         blended: Blended = self._ema.network(batch)
         head = batch.animated * blended.masks.head_a
         columns = (
@@ -217,6 +239,18 @@ class BlenderLearner:
     def export(self) -> nn.Module:
         """The averaged Blender, in evaluation mode."""
         return self._ema.network.eval()
+
+    @torch.no_grad()
+    def with_heads(self, batch: BlenderBatch) -> BlenderBatch:
+        """The batch with the Aligner's heads in the samples that want one, if there is an Aligner."""
+        inputs = (batch.sources, batch.source_faces, batch.driving, batch.driving_face)
+        rows = batch.wants_aligner.nonzero().flatten()
+        if self._reenact is None or not len(rows):
+            return batch
+        wanted = [x[rows] for x in inputs if x is not None]
+        with autocast(self.device, self.config.precision):
+            heads = self._reenact(*wanted)
+        return put_heads(batch, losses.exact(heads).to(batch.animated.dtype))
 
     def _weights(self, samples_seen: int) -> dict[str, float]:
         config = self.config

@@ -226,7 +226,26 @@ class Blender(nn.Module):
         target_labels: Tensor,
         target_valid: Tensor | None = None,
     ) -> Tensor:
-        """The head of A in the scene of T, for use.
+        """The head of A in the scene of T, for use: :meth:`repaint` composed over the target.
+
+        Returns:
+            (b, 3, S, S): the target's own pixels outside the painted region and a narrow feather around it.
+        """
+        image, painted = self.repaint(
+            animated, animated_labels, target, target_labels, target_valid
+        )
+        return compose(image, target, painted, self.config.feather)
+
+    @torch.no_grad()
+    def repaint(
+        self,
+        animated: Tensor,
+        animated_labels: Tensor,
+        target: Tensor,
+        target_labels: Tensor,
+        target_valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What is painted, and where, for whoever composes it over something finer than the window.
 
         Args:
             animated: (b, 3, S, S) RGB in [-1, 1].
@@ -236,7 +255,7 @@ class Blender(nn.Module):
             target_valid: (b, 1, S, S) 0 in the black border of the target; without it there is none.
 
         Returns:
-            (b, 3, S, S): the target's own pixels outside the painted region and a narrow feather around it.
+            (b, 3, S, S) I_B, worth something in the painted region only; (b, 1, S, S) that region, 0 or 1.
 
         Raises:
             ValueError: pictures or label maps are not of this form.
@@ -257,7 +276,7 @@ class Blender(nn.Module):
         t = self._view(of_t, target, target_labels, masks.ring_t)
         head, ring = exemplar_pair(self._transfer(a, t, target), a, masks, self.ring)
         image = self._paint(animated, target, head, ring, masks).to(target.dtype)
-        return compose(image, target, masks.painted, self.config.feather)
+        return image, masks.painted
 
     def _own_masks(self, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Head and ring of a picture that gives colours."""
@@ -302,8 +321,14 @@ def compose(blended: Tensor, target: Tensor, painted: Tensor, feather: int) -> T
         painted: (b, 1, S, S) 0 or 1.
         feather: width of the ramp; a region that is empty gives the target itself.
     """
+    alpha = feathered(painted, feather)
+    return torch.where(alpha > 0, torch.lerp(target, blended, alpha), target)
+
+
+def feathered(painted: Tensor, feather: int) -> Tensor:
+    """A region (b, 1, S, S) of 0 and 1 with a ramp of ``feather`` pixels outside it; 0 beyond."""
     alpha, grown = painted, painted
     for step in range(feather, 0, -1):
         grown = dilate(grown, 1)
         alpha = torch.maximum(alpha, grown * step / (feather + 1))
-    return torch.where(alpha > 0, torch.lerp(target, blended, alpha), target)
+    return alpha

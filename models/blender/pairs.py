@@ -2,14 +2,17 @@
 
 The mirror keeps the correspondence from copying the same position, the other colours make colour transfer necessary
 (HeSer.Pytorch, GHOST 2.0). Label maps are mirrored without exchanging left and right: every pixel keeps its own meaning, so the
-true correspondence exists. All draws come from the generator that is passed in, in a fixed order and always as many: a sample
-is a function of (seed, sample index) and of nothing else.
+true correspondence exists. What is drawn comes from the generator that is passed in, in a fixed order: a sample is a function of
+(seed, sample index) and of nothing else.
+
+At test time every A is an Aligner's picture. So in a share of the samples the head of A is the Aligner's re-enactment of the
+frame. The Aligner runs beside the Blender, on its device; ``put_heads`` then treats its pictures as A was treated.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms.v2 import functional as colour
 
+from models.blender.batch import BlenderBatch
 from models.blender.masks import check_labels, draw_noise, head_mask
 
 
@@ -29,22 +33,6 @@ class Frame(NamedTuple):
     """(1, S, S) uint8, 0..18."""
     valid: Tensor
     """(1, S, S) 1 inside the frame, 0 in the black border."""
-
-
-class Pair(NamedTuple):
-    """One sample; the fields are those of ``BlenderBatch`` without the batch dimension."""
-
-    animated: Tensor
-    animated_labels: Tensor
-    target: Tensor
-    target_labels: Tensor
-    target_valid: Tensor
-    truth: Tensor
-    truth_valid: Tensor
-    noise: Tensor
-    other: Tensor
-    other_labels: Tensor
-    other_valid: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +54,7 @@ class PairConfig:
     p_noise: float = 0.5
     """The painted region is enlarged by random shapes at the outlines. GHOST 2.0."""
     p_reenacted: float = 0.25
-    """The head of A is the Aligner's re-enactment of the frame, where the caller has one: at test time every A is."""
+    """The head of A is an Aligner's re-enactment of the frame; no effect without an Aligner."""
     p_background: float = 0.5
     """What is not head in A is another picture's, so that the ring cannot be matched by it. HeadSwap (impl2)."""
     p_affine: float = 0.3
@@ -89,69 +77,107 @@ class PairConfig:
             raise ValueError(f"degrees must be at least 0 and below 45, got {self.degrees}")
 
 
-def make_pair(
-    frame: Frame,
-    same: Frame,
-    stranger: Frame,
-    generator: torch.Generator,
-    config: PairConfig,
-    *,
-    reenacted: Tensor | None = None,
-) -> Pair:
-    """A training sample from one frame.
+class Draws(NamedTuple):
+    """What chance says of one sample."""
 
-    Args:
-        frame: the truth.
-        same: another frame of the same clip; may be ``frame`` where there is none.
-        stranger: a frame of another person.
-        generator: source of every draw.
-        config: probabilities and strengths.
-        reenacted: (3, S, S) in [-1, 1], the Aligner's picture of ``frame`` driven by itself, if there is one.
+    mirrored: bool
+    other_frame: bool
+    same_identity: bool
+    noisy: bool
+    reenacted: bool
+    replaced: bool
+    turned: bool
+    colours: Tensor
+    """(4) what :func:`recolour` takes."""
+    turn: Tensor
+    """(2) degrees of turning and shearing; 0 unless ``turned``."""
 
-    Raises:
-        ValueError: a frame is not of the form that :class:`Frame` names.
-    """
-    for one in (frame, same, stranger):
-        check_frame(one)
+
+def draw(generator: torch.Generator, config: PairConfig) -> Draws:
+    """Throw all coins of a sample, always as many."""
     coins = torch.rand(7, generator=generator)
     strengths = 2 * torch.rand(6, generator=generator) - 1  # in [-1, 1)
     p = (
         config.p_mirror, config.p_other_frame, config.p_same_identity, config.p_noise,
         config.p_reenacted, config.p_background, config.p_affine,
     )  # fmt: skip
-    mirrored, other_frame, same_identity, noisy, reenact, replaced, turned = (
-        coins < torch.tensor(p)
-    ).tolist()
-    target = same if other_frame else frame
-    if mirrored:
+    mirrored, other, same, noisy, reenacted, replaced, turned = (coins < torch.tensor(p)).tolist()
+    reach = (config.brightness, config.contrast, config.saturation, config.hue)
+    colours = torch.tensor([1.0, 1, 1, 0]) + strengths[:4] * torch.tensor(reach)
+    turn = strengths[4:] * config.degrees * turned
+    return Draws(mirrored, other, same, noisy, reenacted, replaced, turned, colours, turn)
+
+
+def make_pair(
+    key: str,
+    frame: Frame,
+    same: Frame,
+    stranger: Frame,
+    drawn: Draws,
+    generator: torch.Generator,
+) -> BlenderBatch:
+    """A training sample from one frame: a batch of one.
+
+    Args:
+        key: of the frame.
+        frame: the truth.
+        same: another frame of the same clip; may be ``frame`` where there is none.
+        stranger: a frame of another person.
+        drawn: what is done to them.
+        generator: source of the noise.
+
+    Raises:
+        ValueError: a frame is not of the form that :class:`Frame` names.
+    """
+    for one in (frame, same, stranger):
+        check_frame(one)
+    target = same if drawn.other_frame else frame
+    if drawn.mirrored:
         target = mirror(target)
-    image = frame.image
-    if reenact and reenacted is not None:
-        image = torch.lerp(image, reenacted, head_mask(frame.labels))
-    truth, labels, valid = frame.image, frame.labels, frame.valid
-    if turned:
-        turn, shear = (strengths[4:] * config.degrees).tolist()
-        image, truth = (rotate(x, turn, shear) for x in (image, truth))
-        labels, valid = (rotate(x, turn, shear, nearest=True) for x in (labels, valid))
-    animated = jitter(image, strengths[:4].tolist(), config)
-    if replaced:
+    truth, labels, valid = frame
+    if drawn.turned:
+        truth = rotate(truth, drawn.turn)
+        labels, valid = (rotate(x, drawn.turn, nearest=True) for x in (labels, valid))
+    animated = recolour(truth, drawn.colours)
+    if drawn.replaced:
         animated = torch.lerp(stranger.image, animated, head_mask(labels))
     heads = torch.maximum(head_mask(labels), head_mask(target.labels))
-    noise = draw_noise(heads, generator) * noisy
-    other = same if same_identity else stranger
-    return Pair(
-        animated=animated,
-        animated_labels=labels,
-        target=target.image,
-        target_labels=target.labels,
-        target_valid=target.valid,
-        truth=truth,
-        truth_valid=valid,
-        noise=noise,
-        other=other.image,
-        other_labels=other.labels,
-        other_valid=other.valid,
-    )
+    noise = draw_noise(heads, generator) * drawn.noisy
+    other = same if drawn.same_identity else stranger
+    tensors = {
+        "animated": animated,
+        "animated_labels": labels,
+        "target": target.image,
+        "target_labels": target.labels,
+        "target_valid": target.valid,
+        "truth": truth,
+        "truth_valid": valid,
+        "noise": noise,
+        "other": other.image,
+        "other_labels": other.labels,
+        "other_valid": other.valid,
+        "colours": drawn.colours,
+        "turn": drawn.turn,
+        "wants_aligner": torch.tensor(drawn.reenacted),
+    }
+    return BlenderBatch(keys=[key], **{name: x[None] for name, x in tensors.items()})
+
+
+def put_heads(batch: BlenderBatch, heads: Tensor) -> BlenderBatch:
+    """The same batch where A's head is a picture of the Aligner's, turned and recoloured as A was.
+
+    Args:
+        batch: of which n samples want one.
+        heads: (n, 3, S, S) in [-1, 1], of these samples in order.
+    """
+    animated = batch.animated.clone()
+    rows = batch.wants_aligner.nonzero().flatten().tolist()
+    for row, head in zip(rows, heads, strict=True):
+        if batch.turn[row].any():
+            head = rotate(head, batch.turn[row])
+        mask = head_mask(batch.animated_labels[row])
+        animated[row] = torch.lerp(animated[row], recolour(head, batch.colours[row]), mask)
+    return replace(batch, animated=animated)
 
 
 def check_frame(frame: Frame) -> None:
@@ -171,30 +197,36 @@ def mirror(frame: Frame) -> Frame:
     return Frame(*(x.flip(-1) for x in frame))
 
 
-def jitter(image: Tensor, strengths: list[float], config: PairConfig) -> Tensor:
+def recolour(image: Tensor, colours: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue changed.
 
     Args:
         image: (3, S, S) in [-1, 1].
-        strengths: of the four, each in [-1, 1].
-        config: what a strength of 1 means.
+        colours: (4) three factors, and the shift of the hue in turns.
     """
-    brightness, contrast, saturation, hue = strengths
+    brightness, contrast, saturation, hue = colours.tolist()
     light = (image + 1) / 2
-    light = colour.adjust_brightness(light, 1 + brightness * config.brightness)
-    light = colour.adjust_contrast(light, 1 + contrast * config.contrast)
-    light = colour.adjust_saturation(light, 1 + saturation * config.saturation)
-    return colour.adjust_hue(light, hue * config.hue).clamp(0, 1) * 2 - 1
+    light = colour.adjust_brightness(light, brightness)
+    light = colour.adjust_contrast(light, contrast)
+    light = colour.adjust_saturation(light, saturation)
+    return colour.adjust_hue(light, hue).clamp(0, 1) * 2 - 1
 
 
-def rotate(x: Tensor, degrees: float, shear: float, *, nearest: bool = False) -> Tensor:
-    """(c, S, S) turned about its middle and sheared along the rows; black (labels and masks: 0) comes in from outside."""
-    turn, slant = math.radians(degrees), math.tan(math.radians(shear))
-    cos, sin = math.cos(turn), math.sin(turn)
-    matrix = torch.tensor([[[cos, slant * cos - sin, 0.0], [sin, slant * sin + cos, 0.0]]])
+def rotate(x: Tensor, degrees: Tensor, *, nearest: bool = False) -> Tensor:
+    """(c, S, S) turned about its middle and sheared along the rows; black (labels and masks: 0) comes in from outside.
+
+    Args:
+        x: picture in [-1, 1], or labels or a mask with ``nearest``.
+        degrees: (2) of turning, and of shearing.
+        nearest: no new values.
+    """
+    turn, shear = (math.radians(angle) for angle in degrees.tolist())
+    cos, sin, slant = math.cos(turn), math.sin(turn), math.tan(shear)
+    matrix = torch.tensor(
+        [[[cos, slant * cos - sin, 0.0], [sin, slant * sin + cos, 0.0]]], device=x.device
+    )
     grid = functional.affine_grid(matrix, [1, 1, *x.shape[1:]], align_corners=False)
     if nearest:
-        return functional.grid_sample(x[None].float(), grid, mode="nearest", align_corners=False)[
-            0
-        ].to(x.dtype)
+        picked = functional.grid_sample(x[None].float(), grid, mode="nearest", align_corners=False)
+        return picked[0].to(x.dtype)
     return functional.grid_sample(x[None] + 1, grid, align_corners=False)[0] - 1

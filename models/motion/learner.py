@@ -253,10 +253,17 @@ class MotionLearner:
 
     @torch.no_grad()
     def eval_step(self, batch: MotionBatch) -> dict[str, Tensor]:
-        """Losses and descriptions of a batch, without learning from it; ``metric/l1`` has pictures in [0, 1]."""
+        """Losses and descriptions of a batch, without learning from it.
+
+        ``metric/l1`` has pictures in [0, 1]; ``metric/l1_source`` is what the source itself would get, had nothing moved.
+        """
         picture, fields = self._generate(batch)
         losses = {"reconstruction": self._reconstruction(picture, batch.driving)}
-        return _named(losses) | describe(fields) | {"metric/l1": l1(picture, batch.driving) / 2}
+        metrics = {
+            "metric/l1": l1(picture, batch.driving) / 2,
+            "metric/l1_source": l1(batch.source, batch.driving) / 2,
+        }
+        return _named(losses) | describe(fields) | metrics
 
     @torch.no_grad()
     def preview(self, batch: MotionBatch) -> Tensor:

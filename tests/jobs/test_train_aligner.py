@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,16 +18,16 @@ import cv2
 import pytest
 import torch
 
-from jobs import calibrate, runtime, train_aligner
+from jobs import calibrate, train_aligner
 from models import bundle
 from models.aligner.network import Aligner
 from models.frozen.vgg import Vgg19Features
 from pipelines import checkpoints
-from pipelines.samples import aligner_batches
+from pipelines.samples_aligner import aligner_batches
 from tests.material import REPOSITORY, SHARED, needs_shared
 from tests.pipelines.test_training import assert_same
 from tests.runs import ONE_THREAD, run_job, start_job
-from tests.trainings import make_people, train_smoke
+from tests.trainings import fails, history, make_people, train_smoke
 
 GOLDEN = REPOSITORY / "tests" / "assets" / "train_aligner_smoke.json"
 
@@ -39,16 +40,6 @@ def dataset(people: Path) -> Path:
 @pytest.fixture
 def undisturbed(smoke_training: tuple[Path, str]) -> tuple[Path, str]:
     return smoke_training
-
-
-def history(folder: Path, name: str) -> list[tuple[int, float]]:
-    """Steps and values that the only run of the store in ``folder`` has of a metric."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
-    experiment = client.get_experiment_by_name("headray-aligner")
-    (run,) = client.search_runs([experiment.experiment_id])
-    return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
 
 
 LOSSES = ("loss/l1", "loss/adversarial", "loss/discriminator", "norm/aligner")
@@ -138,15 +129,6 @@ def test_killed_and_rerun_ends_with_the_same_numbers(
 # --- what is wrong is said before anything starts -----------------------------------------------------------------
 
 
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    """The line of a command that ends with 2."""
-    monkeypatch.setattr(sys, "argv", ["train_aligner", *flags])
-    with pytest.raises(SystemExit) as ended:
-        runtime.main(train_aligner.job)
-    assert ended.value.code == runtime.USAGE
-    return capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -169,11 +151,43 @@ def test_wrong_arguments_are_one_line(
 ) -> None:
     given = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     line = fails(
-        monkeypatch, capsys, "smoke", f"--dataset={dataset}", f"--output={tmp_path}/out", *given
+        monkeypatch,
+        capsys,
+        train_aligner.job,
+        "smoke",
+        f"--dataset={dataset}",
+        f"--output={tmp_path}/out",
+        *given,
     )
     assert told in line
     assert len(line.splitlines()) == 1
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_changed_shard_and_missing_weights_are_one_line(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(dataset, tmp_path / "copy")
+    shard = min((tmp_path / "copy" / "shards").glob("train-*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    flags = ["smoke", f"--dataset={tmp_path / 'copy'}", f"--output={tmp_path}/out"]
+    line = fails(monkeypatch, capsys, train_aligner.job, *flags, "--samples.check-hashes")
+    assert shard.name in line
+    assert "sha256" in line
+    assert len(line.splitlines()) == 1
+
+    monkeypatch.setenv("HEADRAY_WEIGHTS", str(tmp_path / "nowhere"))
+    line = fails(
+        monkeypatch, capsys, train_aligner.job, *flags, "--learner.vgg=vgg_normalised_conv3_1"
+    )
+    assert "vgg" in line
+    assert "nowhere" in line
+    assert len(line.splitlines()) == 1
 
 
 @pytest.mark.real

@@ -219,3 +219,20 @@ def test_decided_in_a_stream_is_what_is_decided_of_all_at_once(seed: int) -> Non
     assert len({cause for _, cause, _ in found.values()}) >= 3
     kept = {item.key for _, _, item in samples.kept(splits, gone)}
     assert kept == {key for key, (_, cause, _) in expected.items() if not cause}
+
+
+@pytest.mark.parametrize(("cores", "actors"), [(1, 7), (2, 7), (4, 11), (32, 52)])
+def test_pools_of_one_machine_have_their_share_of_its_cores(cores: int, actors: int) -> None:
+    config = preprocess.on_one_machine(config_of("out"), cores)
+    pools = [stage.resources for stage in config.stages]
+    assert sum(pool.min_actors for pool in pools) == actors
+    assert all(1 <= pool.min_actors <= pool.max_actors for pool in pools)
+    assert config.identities.resources.min_actors == max(pool.min_actors for pool in pools)
+    assert config.quality.resources.max_actors == config.shards.resources.max_actors == 1
+    assert config.recipe == config_of("out").recipe
+
+
+def test_a_pool_that_the_user_sized_stays() -> None:
+    wanted = replace(DownloadConfig().resources, min_actors=3, max_actors=3)
+    config = config_of("out", download=replace(DownloadConfig(), resources=wanted))
+    assert preprocess.on_one_machine(config, 64).download.resources == wanted

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from models.blender.batch import BlenderBatch, collate
+from models.blender.batch import BlenderBatch, join
 from models.blender.network import BlenderConfig
-from models.blender.pairs import Frame, PairConfig, make_pair
+from models.blender.pairs import Frame, PairConfig, draw, make_pair
 from models.frozen.parsing import ParsingLabel
 
 SIZE = 32
@@ -33,11 +33,20 @@ def drawn(seed: int, *, dx: int = 0, without: tuple[ParsingLabel, ...] = ()) -> 
     return Frame(image.clamp(-1, 1), labels[None], torch.ones(1, SIZE, SIZE))
 
 
+def paired(
+    key: str, frames: tuple[Frame, Frame, Frame], seed: int, config: PairConfig
+) -> BlenderBatch:
+    """One sample: frame, another one of the clip, a stranger."""
+    generator = torch.Generator().manual_seed(seed)
+    chances = draw(generator, config)
+    return make_pair(key, *frames, chances, generator)
+
+
 def drawn_batch(count: int = 2, config: PairConfig | None = None) -> BlenderBatch:
     """A training batch of drawn heads."""
-    config = config or PairConfig()
-    pairs = [
-        make_pair(drawn(i), drawn(i, dx=2), drawn(i + 50, dx=-2), torch.Generator().manual_seed(i), config)
-        for i in range(count)
-    ]  # fmt: skip
-    return collate([f"head-{i}" for i in range(count)], pairs)
+    return join(
+        [
+            paired(f"head-{i}", (drawn(i), drawn(i, dx=2), drawn(i + 50, dx=-2)), i, config or PairConfig())
+            for i in range(count)
+        ]
+    )  # fmt: skip

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from models.blender.batch import collate
+from models.blender.batch import BlenderBatch
 from models.blender.features import FeatureExtractor
 from models.blender.learner import (
     PREVIEW_COLUMNS,
@@ -19,12 +20,12 @@ from models.blender.learner import (
     psnr,
 )
 from models.blender.network import Blender, BlenderConfig
-from models.blender.pairs import PairConfig, make_pair
+from models.blender.pairs import PairConfig
 from models.blender.warp import warp
 from models.frozen.parsing import ParsingLabel
 from models.updates import NonFiniteLossError
 from tests.material import SHARED, needs_shared
-from tests.models.blender.scenes import SIZE, TINY, drawn_batch
+from tests.models.blender.scenes import SIZE, TINY, drawn_batch, paired
 
 CONFIG = BlenderLearnerConfig(
     network=TINY, perceptual="none", discriminator_base=4, discriminator_limit=8, lightness=1.0
@@ -83,11 +84,58 @@ def test_micro_batches_give_the_step_of_the_whole_batch():
     config = replace(CONFIG, clip=1e9)
     whole, parts = learner(config), learner(replace(config, accumulate=2))
     batch = drawn_batch(2, PairConfig(p_affine=0))
-    batch = replace(batch, **{name: getattr(batch, name)[:1].repeat(2, 1, 1, 1) for name, _ in batch._tensors()})  # fmt: skip
+    batch = replace(batch, **{name: torch.cat([getattr(batch, name)[:1]] * 2) for name in batch.tensors()})  # fmt: skip
     for step in range(2):
         first, second = whole.train_step(batch, step), parts.train_step(batch, step)
         for name in first:
             torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)
+
+
+def in_double(one: BlenderLearner) -> BlenderLearner:
+    """The same learner in float64, where sums in another order agree to 1e-9."""
+    one.networks.double()
+    return one
+
+
+def doubled(batch: BlenderBatch) -> BlenderBatch:
+    """The same batch in float64, label maps as they are."""
+    wide = {name: x.double() for name, x in batch.tensors().items() if x.is_floating_point()}
+    return replace(batch, **wide)
+
+
+def trained_rank(rank: int, folder: str) -> None:
+    """Two steps on this rank's half of the batch, in two micro-batches, behind DistributedDataParallel."""
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = replace(CONFIG, accumulate=2)
+    one = BlenderLearner(
+        config, wrap=lambda network: DistributedDataParallel(network.double()), device=CPU
+    )
+    half = doubled(drawn_batch(4)).chunk(2)[rank]
+    for step in range(2):
+        in_double(one).train_step(half, 4 * step)
+    torch.save(one.networks.state_dict(), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one(tmp_path):
+    """Labels, masks and draws differ from sample to sample: every term must be a mean over samples."""
+    torch.multiprocessing.spawn(trained_rank, (str(tmp_path),), nprocs=2)
+    one = in_double(learner())
+    before = {name: value.clone() for name, value in one.networks.state_dict().items()}
+    for step in range(2):
+        one.train_step(doubled(drawn_batch(4)), 4 * step)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    expected = one.networks.state_dict()
+    assert set(ranks[0]) == set(ranks[1]) == set(expected)
+    assert sum(not torch.equal(before[name], value) for name, value in expected.items()) > 100
+    for name, value in expected.items():
+        for found in ranks:
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-9, msg=name)
 
 
 def test_half_precision_stays_near_full_precision():
@@ -177,9 +225,8 @@ def test_one_real_frame_is_learned():
     from tests.windows import window
 
     config = PairConfig(p_mirror=1, p_other_frame=0, p_noise=0, p_background=0, p_affine=0)
-    frames = [window("kitchen_a", 0, REAL_SIZE).frame] * 2 + [window("w036_a", 0, REAL_SIZE).frame]
-    pair = make_pair(*frames, torch.Generator().manual_seed(4), config)
-    batch = collate(["kitchen_a"], [pair])
+    frame, stranger = (window(clip, 0, REAL_SIZE).frame for clip in ("kitchen_a", "w036_a"))
+    batch = paired("kitchen_a", (frame, frame, stranger), 4, config)
     one = learner(REAL)
     before = one.eval_step(batch)
     for step in range(120):
@@ -205,8 +252,8 @@ def trained() -> Blender:
         generator = torch.Generator().manual_seed(step)
         clip, stranger = torch.randperm(len(CLIPS), generator=generator)[:2].tolist()
         same, other = windows[CLIPS[clip]], windows[CLIPS[stranger]]
-        pair = make_pair(same[step % 2], same[1 - step % 2], other[0], generator, PairConfig())
-        one.train_step(collate([CLIPS[clip]], [pair]), step)
+        frames = (same[step % 2], same[1 - step % 2], other[0])
+        one.train_step(paired(CLIPS[clip], frames, step, PairConfig()), step)
     blender = one.networks["blender"]
     assert isinstance(blender, Blender)
     return blender.eval()
@@ -270,9 +317,9 @@ def test_the_colour_exemplar_has_the_targets_skin_for_every_pair_of_people(train
             if source == target:
                 continue
             a, t = held_out[source], held_out[target]
-            pair = make_pair(a, t, t, torch.Generator(), PairConfig(p_mirror=0, p_other_frame=1, p_noise=0, p_background=0, p_affine=0, brightness=0, contrast=0, saturation=0, hue=0))  # fmt: skip
+            config = PairConfig(p_mirror=0, p_other_frame=1, p_noise=0, p_background=0, p_affine=0, brightness=0, contrast=0, saturation=0, hue=0)  # fmt: skip
             with torch.no_grad():
-                blended = trained(collate([source], [pair]))
+                blended = trained(paired(source, (a, t, t), 0, config))
             wanted = mean_lab(t.image, t.labels)
             got = mean_lab(blended.head_exemplar[0], a.labels)
             had = mean_lab(a.image, a.labels)

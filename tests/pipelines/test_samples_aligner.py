@@ -19,28 +19,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.aligner import augment
 from models.aligner.augment import AugmentConfig
 from models.aligner.batch import AlignerBatch
 from models.frozen.arcface import ArcFace, crop_faces
 from models.frozen.identity import five_points, mobilefacenet_chip
-from pipelines import samples as samples_module
 from pipelines import shards
 from pipelines.geometry import fit_similarity, transform
 from pipelines.reader import Reader
-from pipelines.samples import (
+from pipelines.samples import Share, decode, generator, inside_frame
+from pipelines.samples_aligner import (
+    AlignerHeldOutConfig,
     AlignerSamples,
-    HeldOutConfig,
-    SamplesConfig,
-    Share,
+    AlignerSamplesConfig,
     Shot,
     aligner_batches,
     check,
-    decode,
     draw,
     face_matrix,
-    generator,
     held_out_batches,
-    inside_frame,
     num_sources,
 )
 from pipelines.shards import DatasetError
@@ -48,7 +45,7 @@ from tests.datasets import face_points, made_video, make_dataset
 from tests.pipelines.test_storage import bucket as bucket  # the fixture
 
 NO_AUGMENT = AugmentConfig(max_photometric=0, scale=0.0, shift=0.0)
-TINY = SamplesConfig(batch_size=6, output_size=64, encoder_size=32, max_sources=3, loaders=0)
+TINY = AlignerSamplesConfig(batch_size=6, output_size=64, encoder_size=32, max_sources=3, loaders=0)
 PLAIN = replace(TINY, flip=0.0, augment=NO_AUGMENT)
 TENSORS = [item.name for item in fields(AlignerBatch) if item.name != "keys"]
 
@@ -88,7 +85,7 @@ def assert_same(one: AlignerBatch, other: AlignerBatch) -> None:
 
 
 def train(
-    config: SamplesConfig, dataset: str, seen: int = 0, rank: int = 0, world_size: int = 1
+    config: AlignerSamplesConfig, dataset: str, seen: int = 0, rank: int = 0, world_size: int = 1
 ) -> Iterator[AlignerBatch]:
     return aligner_batches(config, dataset, samples_seen=seen, rank=rank, world_size=world_size)
 
@@ -141,7 +138,7 @@ def test_a_dataset_in_s3_gives_the_same_batches(dataset: str, bucket: str, loade
 
 
 def test_held_out_samples_are_always_the_same(dataset: str) -> None:
-    held_out = HeldOutConfig(batches=2, sources=2)
+    held_out = AlignerHeldOutConfig(batches=2, sources=2)
     whole = list(held_out_batches(TINY, held_out, dataset, rank=0, world_size=1))
     assert [len(batch) for batch in whole] == [6, 6]
     people = Counter(key.split("-")[0] for batch in whole for key in batch.keys)
@@ -161,7 +158,7 @@ def reader(dataset: str) -> Reader:
     return Reader(dataset, "train")
 
 
-def drawn(reader: Reader, config: SamplesConfig, count: int, sources: int = 3) -> list[Any]:
+def drawn(reader: Reader, config: AlignerSamplesConfig, count: int, sources: int = 3) -> list[Any]:
     return [draw(reader, config, generator(7, number), sources) for number in range(count)]
 
 
@@ -338,8 +335,8 @@ def test_the_expression_crop_follows_the_scale(dataset: str, seed: int) -> None:
     batch = samples.batch([(0, 1)])
     rng = generator(seed, 0)
     draw(samples.reader, config, rng, 1)
-    samples_module.augment.draw_shift(rng, scale_only, 128)
-    x, y = samples_module.augment.draw_scales(rng, scale_only)
+    augment.draw_shift(rng, scale_only, 128)
+    x, y = augment.draw_scales(rng, scale_only)
     points = (batch.landmarks[0].numpy().astype(np.float64) - 64) * [x, y] + 64
     low, high = points.min(axis=0), points.max(axis=0)
     factor = 128 / (1.25 * (high - low).max())
@@ -486,15 +483,15 @@ def test_batches_are_shared_equally(dataset: str) -> None:
 
 
 def test_everything_is_checked_before_workers_start(dataset: str, tmp_path: Path) -> None:
-    check(TINY, HeldOutConfig(sources=3), dataset, 2)
+    check(TINY, AlignerHeldOutConfig(sources=3), dataset, 2)
     with pytest.raises(DatasetError, match=r"no split 'val'; it has test, train .--held-out.split"):
-        check(TINY, HeldOutConfig(split="val"), dataset, 2)
+        check(TINY, AlignerHeldOutConfig(split="val"), dataset, 2)
     with pytest.raises(DatasetError, match=r"2 of 2 videos have fewer .*--held-out"):
-        check(TINY, HeldOutConfig(sources=6), dataset, 2)
+        check(TINY, AlignerHeldOutConfig(sources=6), dataset, 2)
     with pytest.raises(ValueError, match="cannot be divided among 4"):
-        check(TINY, HeldOutConfig(), dataset, 4)
+        check(TINY, AlignerHeldOutConfig(), dataset, 4)
     with pytest.raises(DatasetError, match="not a \\(finished\\) dataset"):
-        check(TINY, HeldOutConfig(), str(tmp_path), 1)
+        check(TINY, AlignerHeldOutConfig(), str(tmp_path), 1)
 
 
 def broken_copy(dataset: str, folder: Path) -> str:
@@ -536,4 +533,4 @@ def test_bad_settings_are_named(changes: dict[str, Any], words: str) -> None:
 def test_configurations_can_be_written_down() -> None:
     from dataclasses import asdict
 
-    assert json.loads(json.dumps(asdict(SamplesConfig())))["augment"]["max_photometric"] == 5
+    assert json.loads(json.dumps(asdict(AlignerSamplesConfig())))["augment"]["max_photometric"] == 5
