@@ -4,6 +4,7 @@ is shipped: the dataset and the training are those of runs that nobody disturbed
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -31,12 +32,21 @@ def server() -> Iterator[TrackingServer]:
         yield started
 
 
+def await_nodes(head: Head, count: int) -> None:
+    """Until the head believes in so many nodes."""
+    deadline = time.monotonic() + 60
+    while len(head.alive()) != count:
+        assert time.monotonic() < deadline, head.alive()
+        time.sleep(0.5)
+
+
 @pytest.fixture(scope="module")
 def head(server: TrackingServer) -> Iterator[Head]:
     """A head on which no task runs, and two nodes. The account of MLflow is in the nodes' environment, in no job's."""
     with running_head(0, extra=server.environment) as started:
         started.join(8)
         started.join(8)
+        await_nodes(started, 3)
         yield started
 
 
@@ -99,14 +109,13 @@ def test_preprocessing_that_loses_one_of_three_nodes_publishes_the_same_bytes(
     head: Head, corpus: Path, url: str, undisturbed: tuple[dict[str, str], float], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    assert len(head.alive()) == 3
     commits = storage.join(str(output), "work", "parts")
     with Saboteur(lambda: storage.names_below(commits), lambda: lose_busiest(head)) as saboteur:
         done = submit(head, "three-nodes", *arguments(corpus, url, output))
     assert done.returncode == 0, done.stdout + done.stderr
     assert driver_exit_code(head, "three-nodes") == 0
     assert saboteur.done
-    assert len(head.alive()) == 2
+    await_nodes(head, 2)
     assert "head 1, worker 1 (worker -1)" in done.stdout, "the node timeline tells of the loss"
     assert fingerprint(output) == undisturbed[0]
 
