@@ -87,7 +87,7 @@ def teach(dataset: Path, folder: Path, *flags: str) -> str:
     folder.mkdir()
     code, text = run_job(
         "train_motion", "smoke", f"--dataset={dataset}", f"--output={folder / 'out'}", *REDUCED,
-        "--learner.mask-prior=0.02", "--samples.batch-size=8", "--samples.loaders=1", "--samples.flip=0",
+        "--samples.batch-size=8", "--samples.loaders=1", "--samples.flip=0",
         "--samples.jitter=0", "--samples.reserve=0.2", "--held-out.split=train", "--held-out.batches=8",
         "--training.log-every=400", "--training.evaluate-every=2000", "--training.checkpoint-every=2000",
         *flags, folder=folder, timeout=4 * 3600, extra=ONE_THREAD,
