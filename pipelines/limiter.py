@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from pipelines.metrics import observe_egress
+from pipelines.nodes import HEAD
 
 Outcome = Literal["passed", "blocked", "unclear"]
 """What a fetch says about its address: the site answered (even that the video is gone), refused us, or neither."""
@@ -333,6 +334,9 @@ class ClusterLimiter:
                 get_if_exists=True,
                 lifetime="detached",
                 num_cpus=0,
+                # On the head, which stays. Elsewhere it would keep a worker from being idle, for hours after the last
+                # download, and forget everything when that one is taken away.
+                resources={HEAD: 0.001},
                 max_restarts=-1,
                 max_task_retries=-1,
             )

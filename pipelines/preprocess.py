@@ -353,6 +353,9 @@ def configure_ray_data(config: PreprocessConfig) -> None:
         logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 64 * 2**20
+    # Ray Data asks the autoscaler for CPUs by number. Without this, those that the CPU nodes' maximum cannot give would start
+    # GPU nodes, on which no stage then runs (seen with Ray's fake nodes).
+    context.execution_options.label_selector = OFF_GPU_NODES
     context.raise_original_map_exception = True  # so that a PlaceError arrives here as one
     context.autoscaling_config.actor_pool_util_upscaling_threshold = VIDEOS_IN_FLIGHT - 0.5
     patience = download.manners_towards("", config.download).patience_seconds

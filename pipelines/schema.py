@@ -365,8 +365,10 @@ def from_row(row: VideoRow) -> tuple[Video, list[Member]]:
 
 
 OFF_GPU_NODES = {"pool": "!gpu"}
-"""Label selector: where videos and pictures may lie. A node without the label is as good as one of another pool, so that
-this holds on one machine, too; ray_cluster.yaml and infra/kuberay give GPU nodes the label."""
+"""Label selector of what needs no GPU: where videos and pictures may lie. A node without the label is as good as one of another
+pool, so that this holds on one machine, too; ray_cluster.yaml and infra/kuberay label their nodes ``cpu`` and ``gpu``."""
+OFF_CPU_NODES = {"pool": "!cpu"}
+"""Label selector of what needs a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,7 +466,7 @@ def add_actors(
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
         memory=int(resources.memory_gb * 2**30),
-        label_selector=None if resources.num_gpus else OFF_GPU_NODES,
+        label_selector=OFF_CPU_NODES if resources.num_gpus else OFF_GPU_NODES,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,44 @@ def smoke_training(people: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     code, text = train_smoke(folder, people)
     assert code == 0, text
     return folder, text
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three good videos and a broken one, with their list."""
+    from jobs import demo
+    from tests.small_list import CLIPS
+
+    folder = tmp_path_factory.mktemp("corpus")
+    demo.make_corpus(folder, CLIPS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def url(corpus: Path) -> Iterator[str]:
+    """Where the videos are served."""
+    from jobs import demo
+
+    with demo.serve(corpus / "videos") as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the run that nobody touches."""
+    return tmp_path_factory.mktemp("undisturbed")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(corpus: Path, url: str, calm: Path) -> tuple[dict[str, str], float]:
+    """Fingerprint of the dataset of a run that nobody touched, and its duration in seconds."""
+    from tests.runs import fingerprint, run_job
+    from tests.small_list import arguments
+
+    started = time.monotonic()
+    code, text = run_job("preprocess", *arguments(corpus, url, calm / "out"), folder=calm)
+    assert code == 0, text
+    return fingerprint(calm / "out"), time.monotonic() - started
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

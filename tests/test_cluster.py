@@ -11,6 +11,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from jobs import runtime
+from pipelines.schema import OFF_CPU_NODES, OFF_GPU_NODES
 from pipelines.training import ClusterConfig
 from tests.material import REPOSITORY
 
@@ -27,7 +28,7 @@ def cluster() -> dict[str, Any]:
 def start_commands(cluster: dict[str, Any]) -> list[str]:
     """The lines that start Ray, head first."""
     lines = cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]
-    return [line for line in lines if line.startswith("ray start")]
+    return [line for line in lines if "ray start" in line]
 
 
 def test_nothing_runs_or_costs_while_nobody_asks(cluster: dict[str, Any]) -> None:
@@ -52,6 +53,22 @@ def test_only_who_has_the_token_gets_in(cluster: dict[str, Any]) -> None:
     assert "RAY_AUTH_MODE=token" in options
     assert token[1] in cluster["file_mounts"]
     assert "RAY_AUTH_MODE" not in " ".join(start_commands(cluster))
+
+
+def test_secrets_of_jobs_come_from_a_file_of_the_users(cluster: dict[str, Any]) -> None:
+    """The account of MLflow, a proxy: in the environment of every process, and in no job's description."""
+    assert cluster["file_mounts"]["/home/ray/headray/environment"] == "~/.ray/headray.env"
+    for line in start_commands(cluster):
+        assert ". /home/ray/headray/environment" in line
+
+
+def test_videos_keep_off_gpu_nodes(cluster: dict[str, Any]) -> None:
+    """The labels are those by which stages choose."""
+    kinds = cluster["available_node_types"]
+    assert {name: kinds[name]["labels"]["pool"] for name in ("cpu", "gpu")} == {
+        "cpu": OFF_CPU_NODES["pool"].removeprefix("!"),
+        "gpu": OFF_GPU_NODES["pool"].removeprefix("!"),
+    }
 
 
 def test_nothing_is_open_to_the_internet(cluster: dict[str, Any]) -> None:

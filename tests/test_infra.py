@@ -164,7 +164,7 @@ def test_images_hold_the_tested_dependencies_and_no_code() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert "ray[data,default,train]>=2.60,<2.64" in project["dependencies"]
     for line in (INFRA / "mlflow" / "requirements.txt").read_text().splitlines():
-        assert line.startswith("#") or line.lower() in {name.lower() for name in pins}
+        assert line.startswith("#") or line.lower().partition("[")[0] in pins
 
 
 def test_the_servers_script_is_shell() -> None:

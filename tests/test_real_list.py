@@ -289,3 +289,35 @@ def test_a_blender_learns_to_paint_from_it(dataset: Path, aligner: Path, tmp_pat
     error = [np.abs(picture - truth)[inside].mean() for picture in (head, blended)]
     assert error[1] < error[0]
     assert np.corrcoef(blended.ravel(), truth.ravel())[0, 1] > 0.95
+
+
+def test_a_motion_model_begins_to_follow_them(dataset: Path, tmp_path: Path) -> None:
+    """A short form of tests/test_motion_follows.py: a narrow model, some hundred steps. Its pictures are poor, but a frame it was not
+    trained on comes out closer with the frame's landmarks than with the source's."""
+    from models import bundle
+    from models.motion.network import Motion
+    from pipelines.samples import HeldOutConfig
+    from pipelines.samples_motion import MotionSamplesConfig, held_out_batches
+    from tests.imitation import measure
+
+    code, text = run_job(
+        "train_motion", "smoke", f"--dataset={dataset}", f"--output={tmp_path / 'out'}",
+        "--learner.lr=5e-4", "--learner.mask-prior=0.02", "--samples.batch-size=4",
+        "--samples.flip=0", "--samples.jitter=0", "--samples.reserve=0.2", "--held-out.split=train",
+        "--training.samples=2400", "--training.log-every=40", "--training.evaluate-every=2400",
+        "--training.checkpoint-every=2400", folder=tmp_path, extra=ONE_THREAD,
+    )  # fmt: skip
+    assert code == 0, text
+    network = bundle.load(str(tmp_path / "out" / "bundle"))
+    assert isinstance(network, Motion)
+    samples = MotionSamplesConfig(batch_size=8, size=64, loaders=0, reserve=0.2)
+    held_out = HeldOutConfig(split="train", batches=12)
+    found = measure(
+        network,
+        held_out_batches(samples, held_out, str(dataset), rank=0, world_size=1),
+        with_landmarks=False,
+    )
+    print(found)  # noqa: T201
+    assert found.moved > 0.1
+    losses = [value for _, value in history(tmp_path, "loss/reconstruction", "motion")]
+    assert np.mean(losses[-10:]) < 0.5 * losses[0]

@@ -10,66 +10,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from jobs import demo
 from tests.runs import fingerprint, run_job, start_job
+from tests.small_list import CLIPS, arguments
 
 pytestmark = pytest.mark.slow
-
-CLIPS = tuple(
-    replace(clip, seconds=2.4)
-    for clip in demo.CORPUS
-    if clip.video in ("astronautA1", "astronautA2", "mirroredB_2", "truncated_1")
-)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three good videos and a broken one, with their list."""
-    folder = tmp_path_factory.mktemp("corpus")
-    demo.make_corpus(folder, CLIPS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def url(corpus: Path) -> Iterator[str]:
-    """Where the videos are served."""
-    with demo.serve(corpus / "videos") as address:
-        yield address
-
-
-def arguments(corpus: Path, url: str, output: Path) -> list[str]:
-    """Of the job: the same every time."""
-    return [
-        f"--input={corpus / 'list'}",
-        f"--output={output}",
-        f"--download.url-template={url}/{{video}}.mp4",
-        "--max-attempts=1",
-        "--identities.min-twin-cosine=1",  # all its people are one portrait
-        "--crops.min-frames=5",
-        "--tracks.min-frames=5",
-    ]
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the run that nobody touches."""
-    return tmp_path_factory.mktemp("undisturbed")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(corpus: Path, url: str, calm: Path) -> tuple[dict[str, str], float]:
-    """Fingerprint of the dataset of a run that nobody touched, and its duration in seconds."""
-    folder = calm
-    started = time.monotonic()
-    code, text = run_job("preprocess", *arguments(corpus, url, folder / "out"), folder=folder)
-    assert code == 0, text
-    return fingerprint(folder / "out"), time.monotonic() - started
 
 
 def test_mlflow_has_the_lineage_and_the_series_of_the_run(

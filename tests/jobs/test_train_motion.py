@@ -27,9 +27,10 @@ from pipelines.animate import load_model
 from tests.material import REPOSITORY
 from tests.pipelines.test_training import assert_same
 from tests.runs import ONE_THREAD, run_job, start_job
-from tests.trainings import make_people
+from tests.trainings import fails, history, make_people
 
 GOLDEN = REPOSITORY / "tests" / "assets" / "train_motion_smoke.json"
+MODEL = "motion"
 LOSSES = ("loss/reconstruction", "loss/mask_prior", "norm/motion")
 
 
@@ -60,12 +61,6 @@ def client_of(folder: Path) -> Any:
     return client, run.info.run_id
 
 
-def history(folder: Path, name: str) -> list[tuple[int, float]]:
-    """Steps and values that the only run of the store in ``folder`` has of a metric."""
-    client, run_id = client_of(folder)
-    return [(m.step, m.value) for m in client.get_metric_history(run_id, name)]
-
-
 @pytest.fixture(scope="module")
 def stage1(people: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of a training that nobody disturbed, and what it printed."""
@@ -81,7 +76,7 @@ def test_twenty_losses_of_the_smoke_preset(stage1: tuple[Path, str]) -> None:
     """
     golden = json.loads(GOLDEN.read_text())
     for name in LOSSES:
-        logged = history(stage1[0], name)
+        logged = history(stage1[0], name, MODEL)
         assert [step for step, _ in logged] == list(range(2, 41, 2))
         assert [value for _, value in logged] == pytest.approx(golden[name], rel=0.02), name
 
@@ -138,10 +133,10 @@ def test_stage_two_goes_on_from_the_bundle_of_stage_one(
     first = stage1[0] / "out" / "bundle"
     text = train(tmp_path, people, "--learner.stage=2", f"--init-from={first}", "--training.samples=8")  # fmt: skip
     assert "stage 2 has 140 epochs" in text
-    before = dict(history(stage1[0], "eval/loss/reconstruction"))[40]
-    assert dict(history(tmp_path, "eval/loss/reconstruction"))[0] == before
+    before = dict(history(stage1[0], "eval/loss/reconstruction", MODEL))[40]
+    assert dict(history(tmp_path, "eval/loss/reconstruction", MODEL))[0] == before
     for name in ("loss/adversarial", "loss/feature_matching", "loss/discriminator"):
-        assert [step for step, _ in history(tmp_path, name)] == [2, 4, 6, 8], name
+        assert [step for step, _ in history(tmp_path, name, MODEL)] == [2, 4, 6, 8], name
     card = bundle.read_card(str(tmp_path / "out" / "bundle"))
     assert (card["stage"], card["samples_seen"]) == (2, 8)
     saved = checkpoints.read(checkpoints.newest(str(tmp_path / "out")))
@@ -192,7 +187,7 @@ def test_killed_and_rerun_ends_with_the_same_numbers(
     assert "going on from" in text
     assert_same(stage1[0] / "out", tmp_path / "out")
     for name in LOSSES:
-        assert history(tmp_path, name) == history(stage1[0], name)
+        assert history(tmp_path, name, MODEL) == history(stage1[0], name, MODEL)
 
 
 # --- what is wrong is said before anything starts -----------------------------------------------------------------
@@ -222,12 +217,8 @@ def test_wrong_arguments_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
-    own = ["train_motion", "smoke", f"--dataset={people}", f"--output={tmp_path}/out"]
-    monkeypatch.setattr(sys, "argv", [*own, *given])
-    with pytest.raises(SystemExit) as ended:
-        runtime.main(train_motion.job)
-    assert ended.value.code == runtime.USAGE
-    line = capsys.readouterr().err
+    own = ["smoke", f"--dataset={people}", f"--output={tmp_path}/out"]
+    line = fails(monkeypatch, capsys, train_motion.job, *own, *given)
     assert told in line
     assert len(line.splitlines()) == 1
     assert not (tmp_path / "out" / "config.json").exists()
@@ -271,7 +262,7 @@ def test_faceforensics_is_eighty_epochs_of_files(capsys: pytest.CaptureFixture[s
 def write_golden(folder: Path) -> dict[str, Any]:
     """The numbers of a run of the smoke preset on this machine."""
     train(folder, make_people(folder / "data"))
-    return {name: [value for _, value in history(folder, name)] for name in LOSSES}
+    return {name: [value for _, value in history(folder, name, MODEL)] for name in LOSSES}
 
 
 if __name__ == "__main__":
