@@ -252,6 +252,10 @@ def train(
     """
     from pipelines import checkpoints, journal, training
 
+    try:
+        config.cluster.require_divides(config.samples.batch_size)
+    except ValueError as error:
+        usage(str(error))
     recipe = {
         field: value
         for field, value in flatten(public(dataclasses.asdict(config))).items()
