@@ -41,18 +41,22 @@ class Head:
     """Of its sessions and logs."""
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     """The others; their descendants are the node."""
+    joined: int = 0
+    """Nodes so far, those that are gone included."""
 
     def join(self, num_cpus: int, *flags: str) -> subprocess.Popen[bytes]:
-        """Start another node and wait until it is one."""
+        """Start another node and wait until it is one. Its folder is its own, as on a machine of its own: a node that ends
+        takes the code of running jobs with it."""
         command = [
-            RAY, "start", "--block", f"--address={self.gcs}", f"--num-cpus={num_cpus}",
+            RAY, "start", "--block", f"--address={self.gcs}", f"--num-cpus={num_cpus}", f"--temp-dir={self.folder}/n{self.joined}",
             f"--object-store-memory={200 * 2**20}", "--dashboard-agent-listen-port=0", "--disable-usage-stats", *flags,
         ]  # fmt: skip
-        with (self.folder / f"node{len(self.nodes)}.log").open("wb") as log:
+        with (self.folder / f"node{self.joined}.log").open("wb") as log:
             node = subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
         self.nodes.append(node)
+        self.joined += 1
         deadline = time.monotonic() + 120
         while "Ray runtime started" not in Path(log.name).read_text():
             assert time.monotonic() < deadline, Path(log.name).read_text()
