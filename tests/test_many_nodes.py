@@ -3,6 +3,8 @@ is shipped: the dataset and the training are those of runs that nobody disturbed
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from tests.small_list import arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(900)]
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 ACCOUNT = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 
 
@@ -181,6 +184,34 @@ def test_mlflow_has_both_runs_with_their_pictures_in_the_bucket(
     assert any("/images/preview" in name and name.endswith(".png") for name in names)
     assert any(name.endswith("/report/index.html") for name in names)
     assert any(name.endswith("/bundle/model.safetensors") for name in names)
+
+
+def page(server: TrackingServer, path: str, folder: Path) -> str:
+    """What a headless Chromium has of a page of the UI once its scripts have run."""
+    address = server.uri.replace("http://", f"http://{server.username}:{server.password}@")
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", "--virtual-time-budget=20000", "--dump-dom",
+         f"{address}{path}"],
+        capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    return done.stdout
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+def test_the_ui_shows_the_run_to_who_has_logged_in(
+    server: TrackingServer, tracked: MlflowClient, tmp_path: Path
+) -> None:
+    experiment = tracked.get_experiment_by_name("headray-aligner")
+    (run,) = tracked.search_runs([experiment.experiment_id])
+    runs = page(server, f"/#/experiments/{experiment.experiment_id}/runs", tmp_path)
+    assert str(run.info.run_name) in runs
+    shown = page(
+        server, f"/#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}", tmp_path
+    )
+    assert "loss/l1" in shown
+    assert "headray-aligner" in shown
 
 
 def test_mlflow_answers_nobody_without_credentials(server: TrackingServer) -> None:
