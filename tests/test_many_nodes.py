@@ -4,12 +4,12 @@ is shipped: the dataset and the training are those of runs that nobody disturbed
 from __future__ import annotations
 
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -186,32 +186,36 @@ def test_mlflow_has_both_runs_with_their_pictures_in_the_bucket(
     assert any(name.endswith("/bundle/model.safetensors") for name in names)
 
 
-def page(server: TrackingServer, path: str, folder: Path) -> str:
-    """What a headless Chromium has of a page of the UI once its scripts have run."""
-    address = server.uri.replace("http://", f"http://{server.username}:{server.password}@")
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", "--virtual-time-budget=20000", "--dump-dom",
-         f"{address}{path}"],
-        capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
-    return done.stdout
-
-
 @pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
-def test_the_ui_shows_the_run_to_who_has_logged_in(
-    server: TrackingServer, tracked: MlflowClient, tmp_path: Path
+def test_the_ui_shows_curves_and_pictures_to_who_has_logged_in(
+    server: TrackingServer, tracked: MlflowClient
 ) -> None:
+    """A headless Chromium that answers the login as a person does."""
+    from playwright.sync_api import sync_playwright
+
     experiment = tracked.get_experiment_by_name("headray-aligner")
     (run,) = tracked.search_runs([experiment.experiment_id])
-    runs = page(server, f"/#/experiments/{experiment.experiment_id}/runs", tmp_path)
-    assert str(run.info.run_name) in runs
-    shown = page(
-        server, f"/#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}", tmp_path
-    )
-    assert "loss/l1" in shown
-    assert "headray-aligner" in shown
+    runs = f"{server.uri}/#/experiments/{experiment.experiment_id}/runs"
+    account: Any = {"username": server.username, "password": server.password}
+    with sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        view = browser.new_context(http_credentials=account).new_page()
+        view.set_default_timeout(90_000)
+        view.goto(runs)
+        view.get_by_text(str(run.info.run_name)).first.wait_for()
+        view.goto(f"{runs}/{run.info.run_id}/model-metrics")
+        view.get_by_text("eval/health").first.wait_for()
+        view.goto(f"{runs}/{run.info.run_id}/artifacts/images")
+        view.get_by_text("preview+step+40").last.click()
+        picture = view.locator("img[src^='blob:'], img[src*='preview']").first
+        picture.wait_for()
+        assert picture.evaluate("image => image.naturalWidth") >= 5 * 64
+        stranger = browser.new_context().new_page()
+        refused = stranger.goto(f"{server.uri}/api/2.0/mlflow/experiments/search?max_results=1")
+        assert refused is not None
+        assert refused.status == 401
+        browser.close()
 
 
 def test_mlflow_answers_nobody_without_credentials(server: TrackingServer) -> None:
