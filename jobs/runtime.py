@@ -330,6 +330,8 @@ def prepare_training(name: str, config: Any) -> dict[str, Any]:
     tags = {
         "git_commit": code["commit"],
         "mlflow.source.git.commit": code["commit"],
+        "mlflow.source.name": f"jobs/train_{name}.py",
+        "mlflow.source.type": "JOB",
         "git_dirty": str(code["dirty"]),
         "dataset": lineage.uri,
         "output": public_url(config.output),
