@@ -28,6 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.peak import PeakBytes
+from models import bundle
 from models.blender.exemplars import cycle_loss, fallback_table, make_view, transfer
 from models.blender.masks import GROUPS, check_labels, group_map, make_masks, to_cells
 from models.blender.network import Blender, BlenderConfig
@@ -205,16 +206,19 @@ def study_attention(arguments: argparse.Namespace, maps: list[np.ndarray]) -> No
         if picture is None or picture.shape != (SIZE, SIZE, 3):
             raise ValueError(f"{path}: not a picture of {SIZE} x {SIZE}")
         pictures.append(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1)
-    config = BlenderConfig(trunk=arguments.trunk, feature_stride=arguments.strides[0])
-    blender = Blender(config).eval()
     if arguments.blender:
-        from safetensors.torch import load_file
-
-        blender.load_state_dict(load_file(arguments.blender))
+        blender = bundle.load(arguments.blender)
+        if not isinstance(blender, Blender):
+            raise ValueError(f"{arguments.blender}: not the bundle of a Blender")
     else:
+        blender = Blender(BlenderConfig(trunk=arguments.trunk, feature_stride=arguments.strides[0])).eval()  # fmt: skip
         blender.features.load_trunk()
         print("no --blender: features of the trunk behind an untrained pyramid")
-    names = [*(group.name for group in GROUPS["fine"]), "ring"]
+    config = blender.config
+    names = [
+        *(group.name for group in GROUPS["fine"]),
+        "ring",
+    ]  # whatever labels it was trained with
     cells = cells_of([maps[0], maps[1], maps[1]], config.feature_stride, "cpu")[:2]
     with torch.no_grad():
         both = blender.features(*pictures)
@@ -248,7 +252,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=12.0, help="GiB that dense may take")
     parser.add_argument("--labels", nargs=2, metavar="PNG", help="label maps of A and T")
     parser.add_argument("--windows", nargs=2, metavar="PNG", help="attention: windows of A and T")
-    parser.add_argument("--blender", help="attention: model.safetensors of a bundle")
+    parser.add_argument("--blender", help="attention: a bundle")
     parser.add_argument("--trunk", default="vgg19", choices=["vgg19", "vgg_normalised_conv3_1", "small"])  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("attention"), help="attention: folder of the heat maps")  # fmt: skip
     arguments = parser.parse_args()

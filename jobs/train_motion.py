@@ -137,14 +137,12 @@ def job() -> None:
     )
     config = with_epochs(config, check(config))
     init = runtime.fetch_bundle(config.init_from, config.output, "init")
-    num_workers = max(config.cluster.num_workers, 1)
-    looked_at = replace(config.samples, batch_size=max(config.samples.batch_size, num_workers))
     runtime.train(
         "motion",
         config,
         build=partial(start, config.learner, init),
         batches=partial(motion_batches, config.samples, config.dataset),
-        held_out=partial(held_out_batches, looked_at, config.held_out, config.dataset),
+        held_out=partial(held_out_batches, config.samples, config.held_out, config.dataset),
         film=partial(film, config.samples, config.held_out, config.dataset),
         remarks=remarks(config),
     )
@@ -220,7 +218,9 @@ def remarks(config: TrainMotionConfig) -> list[str]:
     if config.learner.network.num_landmarks == 68:
         told.append("68 points, no pupils: the gaze is not driven")
     if config.learner.stage == 1:
-        told.append("stage 1: no adversarial loss; stage 2 goes on from this bundle")
+        told.append("stage 1: no adversarial loss; stage 2 begins with this bundle (--init-from)")
+    if config.training.samples == config.learner.schedule.samples:
+        told.append("the whole stage: for more, --learner.schedule.epochs")
     return told
 
 

@@ -173,8 +173,8 @@ def picture(preview: Tensor, columns: tuple[str, ...]) -> NDArray[np.uint8]:
         return np.ascontiguousarray(rows)
     head = np.full((20, rows.shape[1], 3), 255, np.uint8)
     for number, name in enumerate(columns):
-        place = (number * width + 4, 14)
-        cv2.putText(head, name, place, cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+        own = head[:, number * width : (number + 1) * width]  # a long name ends with its column
+        cv2.putText(own, name, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
     return np.concatenate([head, rows], axis=0)
 
 

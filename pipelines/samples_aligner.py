@@ -301,25 +301,7 @@ class AlignerSamples:
         if drawn.flip:
             target, sources = target.flipped(), [source.flipped() for source in sources]
             valid, foreground = valid[:, ::-1], foreground[:, ::-1]
-        height, width = FACES[config.identity].size
-        faces = [
-            warp(source.image, face_matrix(source.landmarks, config.identity), (width, height))
-            for source in sources
-        ]
-        masks = torch.from_numpy(np.stack([valid, foreground])).float()
-        planes = torch.cat([pictures([target.image])[0], masks])  # (5, S, S)
-        shift = augment.draw_shift(rng, config.augment, size)
-        planes = augment.shift(planes[None], shift)[0]
-        moved = target.landmarks + shift
-        return {
-            "sources": pictures([reduce(s.image, config.encoder_size) for s in sources]),
-            "source_faces": pictures(faces),
-            "target": planes[:3],
-            "target_valid": planes[3:4],
-            "target_foreground": planes[4:],
-            "target_face_matrix": torch.from_numpy(face_matrix(moved, config.identity)).float(),
-            "landmarks": torch.from_numpy(moved).float(),
-        } | self.driving(planes[:3], moved, rng)
+        return tensors_of(config, target, sources, (valid, foreground), rng)
 
     def shot(
         self, frame: Frame, members: dict[Piece, list[bytes]], points: dict[int, NDArray[Any]]
@@ -330,27 +312,66 @@ class AlignerSamples:
         image = decode(jpeg, reader.window, size, reader.keys[frame[0]])
         return Shot(image, points[frame[0]][frame[1]].astype(np.float64) * (size / reader.window))
 
-    def driving(
-        self, target: Tensor, landmarks: Floats, rng: np.random.Generator
-    ) -> dict[str, Tensor]:
-        """The augmented target (3, S, S) and its expression crop.
 
-        Both are cut from the target itself, so the crop keeps its detail, and then go through the same operations at
-        the size the encoders see.
-        """
-        config, size = self.config, self.config.encoder_size
-        factor = config.output_size // size
-        x, y = augment.draw_scales(rng, config.augment)
-        centre = config.output_size / 2
-        scale = np.array([[x, 0, centre * (1 - x)], [0, y, centre * (1 - y)]])
-        whole = F.avg_pool2d(target[None], factor)
-        if (x, y) != (1, 1):
-            reduced = torch.from_numpy(scale / [1, 1, factor])
-            whole = augment.resample(whole, reduced, size)
-        crop = expression_matrix(landmarks * [x, y] + scale[:, 2], size)
-        face = augment.resample(target[None], torch.from_numpy(compose(crop, scale)), size)
-        views = augment.photometric(torch.cat([whole, face]), rng, config.augment)
-        return {"driving": views[0], "driving_face": views[1]}
+def tensors_of(
+    config: AlignerSamplesConfig,
+    target: Shot,
+    sources: Sequence[Shot],
+    masks: tuple[NDArray[np.bool_], NDArray[np.bool_]],
+    rng: np.random.Generator,
+) -> dict[str, Tensor]:
+    """One sample, named as in :class:`AlignerBatch`.
+
+    Args:
+        config: sizes and augmentation.
+        target: what is to be made.
+        sources: of the same person.
+        masks: (S, S) of the target: inside the frame, on the person.
+        rng: of the augmentation.
+    """
+    size = config.output_size
+    height, width = FACES[config.identity].size
+    faces = [
+        warp(source.image, face_matrix(source.landmarks, config.identity), (width, height))
+        for source in sources
+    ]
+    both = torch.from_numpy(np.stack(masks)).float()
+    planes = torch.cat([pictures([target.image])[0], both])  # (5, S, S)
+    shift = augment.draw_shift(rng, config.augment, size)
+    planes = augment.shift(planes[None], shift)[0]
+    moved = target.landmarks + shift
+    return {
+        "sources": pictures([reduce(s.image, config.encoder_size) for s in sources]),
+        "source_faces": pictures(faces),
+        "target": planes[:3],
+        "target_valid": planes[3:4],
+        "target_foreground": planes[4:],
+        "target_face_matrix": torch.from_numpy(face_matrix(moved, config.identity)).float(),
+        "landmarks": torch.from_numpy(moved).float(),
+    } | driving_views(config, planes[:3], moved, rng)
+
+
+def driving_views(
+    config: AlignerSamplesConfig, target: Tensor, landmarks: Floats, rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """The augmented target (3, S, S) and its expression crop, ``driving`` and ``driving_face`` of a batch.
+
+    Both are cut from the target itself, so the crop keeps its detail, and then go through the same operations at
+    the size the encoders see.
+    """
+    size = config.encoder_size
+    factor = config.output_size // size
+    x, y = augment.draw_scales(rng, config.augment)
+    centre = config.output_size / 2
+    scale = np.array([[x, 0, centre * (1 - x)], [0, y, centre * (1 - y)]])
+    whole = F.avg_pool2d(target[None], factor)
+    if (x, y) != (1, 1):
+        reduced = torch.from_numpy(scale / [1, 1, factor])
+        whole = augment.resample(whole, reduced, size)
+    crop = expression_matrix(landmarks * [x, y] + scale[:, 2], size)
+    face = augment.resample(target[None], torch.from_numpy(compose(crop, scale)), size)
+    views = augment.photometric(torch.cat([whole, face]), rng, config.augment)
+    return {"driving": views[0], "driving_face": views[1]}
 
 
 # --- streams ----------------------------------------------------------------------------------------------------

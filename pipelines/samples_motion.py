@@ -357,9 +357,16 @@ def check(
         units of the training split.
     """
     Share(config.batch_size, 0, world_size)
-    units = MotionSamples(config, dataset, "train").units
-    open_held_out(config, held_out, dataset)
-    return units
+    trained = MotionSamples(config, dataset, "train")
+    seen = open_held_out(config, held_out, dataset).reader
+    is_legacy = seen.manifest["config"].get("identities.split") == "legacy"
+    shared = sorted(set(trained.reader.identities) & set(seen.identities))
+    if shared and held_out.split != "train" and not is_legacy:
+        raise DatasetError(
+            f"{dataset}: {shared[0]}{f' and {len(shared) - 1} more' if shared[1:] else ''} of split {held_out.split} are"
+            " in split train, too: scores would be of people who were trained on; make the dataset anew"
+        )
+    return trained.units
 
 
 def epoch_samples(config: MotionSamplesConfig, units: int) -> int:

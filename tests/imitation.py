@@ -29,6 +29,8 @@ class Imitation:
     l1: float
     """In [0, 1]."""
     l1_source: float
+    l1_unmoved: float
+    """Of the frame that is generated for the source's own landmarks: what the model makes without being moved."""
     landmarks: float = float("nan")
     """Mean absolute difference of a coordinate, pixels of 256, over pairs with a face in all three pictures."""
     landmarks_source: float = float("nan")
@@ -39,6 +41,11 @@ class Imitation:
     def gain(self) -> float:
         """Share of the pixels' distance that is gone."""
         return 1 - self.l1 / self.l1_source
+
+    @property
+    def moved(self) -> float:
+        """Share of the pixels' distance that is gone because landmarks moved, whatever the pictures are like."""
+        return 1 - self.l1 / self.l1_unmoved
 
     @property
     def landmark_gain(self) -> float:
@@ -79,21 +86,23 @@ def measure(
     find = Finder() if with_landmarks else None
     for batch in batches:
         made, _ = model(batch.source, batch.source_landmarks, batch.driving_landmarks)
-        for source, driving, generated in zip(batch.source, batch.driving, made, strict=True):
-            pixels.append(
-                [float((each - driving).abs().mean()) / 2 for each in (generated, source)]
-            )
+        still, _ = model(batch.source, batch.source_landmarks, batch.source_landmarks)
+        pictures = zip(batch.source, batch.driving, made, still, strict=True)
+        for source, driving, generated, unmoved in pictures:
+            compared = (generated, source, unmoved)
+            pixels.append([float((each - driving).abs().mean()) / 2 for each in compared])
             if find:
-                wanted, own, still = find(driving), find(generated), find(source)
+                wanted, own, first = find(driving), find(generated), find(source)
                 missed += wanted is not None and own is None
-                if wanted is not None and own is not None and still is not None:
-                    faces.append([float(np.abs(each - wanted).mean()) for each in (own, still)])
-    l1, l1_source = np.mean(pixels, axis=0).tolist()
+                if wanted is not None and own is not None and first is not None:
+                    faces.append([float(np.abs(each - wanted).mean()) for each in (own, first)])
+    l1, l1_source, l1_unmoved = np.mean(pixels, axis=0).tolist()
     landmarks, landmarks_source = np.mean(faces, axis=0).tolist() if faces else [np.nan] * 2
     return Imitation(
         pairs=len(pixels),
         l1=l1,
         l1_source=l1_source,
+        l1_unmoved=l1_unmoved,
         landmarks=landmarks,
         landmarks_source=landmarks_source,
         missed=missed,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models import bundle
 from models.aligner.network import Aligner, AlignerConfig, Portrait
 from models.blender.masks import make_masks
 from models.blender.network import Blender, BlenderConfig
+from models.frozen.parsing import ParsingLabel
 
 SIZE = 64
 ALIGNER = AlignerConfig(
@@ -71,3 +75,16 @@ class OracleBlender:
     ) -> tuple[Tensor, Tensor]:
         masks = make_masks(labels_a, labels_t, self.config.paint_radius, valid_t=valid)
         return animated, masks.painted
+
+
+class FlatParser:
+    """Skin in the middle of every window: for tests of what becomes of labels."""
+
+    def parse(
+        self, crops: Sequence[Any], landmarks: Any, inside: Sequence[Any]
+    ) -> list[NDArray[np.uint8]]:
+        assert len(crops) == len(landmarks) == len(inside)
+        labels = np.zeros(crops[0].shape[:2], np.uint8)
+        quarter = len(labels) // 4
+        labels[quarter:-quarter, quarter:-quarter] = ParsingLabel.SKIN
+        return [labels * shown for shown in inside]

@@ -19,10 +19,14 @@ import s3fs
 import torch
 from moto.server import ThreadedMotoServer
 
+from jobs import train_motion
 from pipelines import checkpoints, training
-from pipelines.output import NothingUsableError
+from pipelines.output import CONFIG, NothingUsableError
+from pipelines.samples import HeldOutConfig
+from pipelines.samples_motion import held_out_batches, motion_batches
 from pipelines.training import ClusterConfig
 from tests.material import REPOSITORY
+from tests.models.motion.pairs import double_pairs, still_motion
 from tests.pipelines.test_training import SHORT, assert_same, losses, tensors, toy_training
 from tests.toy_learner import (
     ToyConfig,
@@ -86,6 +90,37 @@ def test_two_workers_are_one(tmp_path: Path) -> None:
     first, second = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     gradients = [name for name in first if name.endswith("exp_avg")]
     assert sum(bool(first[name].abs().max() > 0) for name in gradients) >= 5
+    for name in gradients:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-8, atol=1e-12)
+
+
+def test_two_workers_of_the_motion_model_are_one(people: Path, tmp_path: Path) -> None:
+    """Stage 2's losses and gradients on pairs of a dataset, in float64 and with the batch statistics held still, without which
+    two halves of a batch are not the batch (torch has SyncBatchNorm on CUDA only)."""
+    samples = replace(train_motion.PRESETS["smoke"].samples, batch_size=4)
+    config = replace(train_motion.PRESETS["smoke"].learner, stage=2)
+    held_out = partial(held_out_batches, samples, HeldOutConfig(batches=1), str(people))
+    outcomes = []
+    for name, cluster in (("one", ClusterConfig(num_workers=0)), ("two", PAIR)):
+        output = tmp_path / name
+        output.mkdir()
+        (output / CONFIG).write_text("{}")
+        trained = training.Training(
+            output=str(output),
+            build=partial(still_motion, config),
+            batches=partial(double_pairs, partial(motion_batches, samples, str(people))),
+            held_out=partial(double_pairs, held_out),
+            config=training.TrainingConfig(samples=4),
+            cluster=cluster,
+        )
+        outcomes.append(losses(training.run(trained)))
+    one, two = outcomes
+    assert one.keys() == two.keys() >= {"loss/reconstruction", "loss/discriminator"}
+    for name, value in one.items():
+        assert two[name] == pytest.approx(value, rel=1e-8), name
+    first, second = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    gradients = [name for name in first if name.endswith("exp_avg")]
+    assert sum(bool(first[name].abs().max() > 0) for name in gradients) > 60
     for name in gradients:
         torch.testing.assert_close(first[name], second[name], rtol=1e-8, atol=1e-12)
 

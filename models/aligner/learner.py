@@ -6,7 +6,7 @@ A step makes the picture once, updates everything that made it, then the discrim
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, cast
 
@@ -161,8 +161,8 @@ class AlignerLearner:
         )
 
     @property
-    def optimizers(self) -> Mapping[str, Optimizer]:
-        """One per side of the game."""
+    def optimizers(self) -> dict[str, Optimizer]:
+        """One per side of the game; fine-tuning puts others in their place."""
         return self._optimizers
 
     @property

@@ -270,7 +270,7 @@ class MotionLearner:
         """(b, 3, h, 6 w) in [-1, 1]: :attr:`preview_columns` side by side."""
         picture, fields = self._generate(batch)
         displacement = fields.deformation - identity_grid(picture.shape[-1], picture.device)
-        colours = flow_to_image(displacement.permute(0, 3, 1, 2).contiguous())  # (b, 3, h, w) uint8
+        colours = flow_to_image(displacement.permute(0, 3, 1, 2).float().contiguous())
         occlusion = fields.occlusion
         mask = torch.ones_like(occlusion) if fields.mask is None else fields.mask
         grey = [(plane * 2 - 1).expand_as(picture) for plane in (mask, occlusion)]

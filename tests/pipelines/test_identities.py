@@ -326,6 +326,16 @@ def test_small_identities_go():
 ONE = np.eye(128)[0]
 
 
+def test_a_legacy_split_is_the_lists_people_on_both_sides_and_all():
+    shown = [("a", "train"), ("b", "test"), ("c", "")]
+    tracks = [replace(candidate("anna", video, ONE), split=side) for video, side in shown]
+    clean = decide(tracks, NO_TWINS)
+    assert causes(clean) == {"anna-a-000": Cause.IDENTITY_SPLIT_LEAK}
+    legacy = decide(tracks, replace(NO_TWINS, split="legacy"))
+    assert causes(legacy) == {}
+    assert [legacy[track.key].split for track in tracks] == ["train", "test", "test"]
+
+
 def test_hash_split_is_stable_and_has_the_share_asked_for():
     names = [f"id{number:05d}" for number in range(20_000)]
     shares = np.array([hash_share(name) for name in names])

@@ -36,6 +36,7 @@ from pipelines.samples_motion import (
 )
 from pipelines.schema import npy_bytes
 from pipelines.shards import DatasetError
+from tests import datasets
 from tests.datasets import Made, face_points, made_video, make_dataset
 
 TINY = MotionSamplesConfig(batch_size=6, size=64, loaders=0, repeats=5)
@@ -315,6 +316,18 @@ def test_check_opens_what_training_opens(dataset: str) -> None:
         check(TINY, HELD_OUT, dataset, 4)
     with pytest.raises(DatasetError, match=r"no split 'val'.*--held-out.split names another"):
         check(TINY, HeldOutConfig(split="val"), dataset, 1)
+
+
+def test_a_person_on_both_sides_is_refused_unless_the_split_is_a_legacy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = [*people(), made_video("anna", "v9", split="test")]
+    make_dataset(str(tmp_path / "mixed"), both)
+    with pytest.raises(DatasetError, match=r"anna of split test are in split train, too"):
+        check(TINY, HELD_OUT, str(tmp_path / "mixed"), 1)
+    monkeypatch.setitem(datasets.CONFIG, "identities.split", "legacy")
+    make_dataset(str(tmp_path / "legacy"), both)
+    assert check(TINY, HELD_OUT, str(tmp_path / "legacy"), 1) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +56,36 @@ def learner(seed: int = 0, **changes: Any) -> MotionLearner:
 def doubled(batch: MotionBatch) -> MotionBatch:
     """In float64."""
     return replace(batch, **{name: t.double() for name, t in batch._tensors().items()})
+
+
+class StillNorm(nn.BatchNorm2d):
+    """Batch norm by its running statistics, also while the rest trains."""
+
+    def train(self, mode: bool = True) -> StillNorm:  # noqa: ARG002
+        super().train(False)
+        return self
+
+
+def still_motion(
+    config: MotionLearnerConfig, *, wrap: Callable[[nn.Module], nn.Module], device: torch.device
+) -> MotionLearner:
+    """A learner in float64 whose result for one pair does not depend on the others of the batch."""
+
+    def hold(network: nn.Module) -> nn.Module:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.__class__ = StillNorm
+                module.eval()
+        return wrap(network.double())
+
+    return MotionLearner(config, wrap=hold, device=device)
+
+
+def double_pairs(
+    batches: Callable[..., Iterable[MotionBatch]], **which: int
+) -> Iterator[MotionBatch]:
+    """A stream of batches in float64."""
+    return (doubled(batch) for batch in batches(**which))
 
 
 def bare(network: nn.Module) -> nn.Module:

@@ -1,0 +1,155 @@
+"""The motion model learns to follow real people: the soak whose numbers docs/log.md has, and the memory of long videos.
+
+    pytest -m soak tests/test_motion_follows.py -s
+
+Its short form is in tests/test_real_list.py, on the dataset that is made there anyway.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+import pytest
+from skimage import data
+
+from models import bundle
+from models.motion.network import Motion
+from pipelines.animate import AnimateConfig, animate
+from pipelines.samples import HeldOutConfig
+from pipelines.samples_motion import MotionSamplesConfig, held_out_batches
+from tests import clips
+from tests.imitation import measure
+from tests.material import needs_shared
+from tests.models.motion.tiny import tiny
+from tests.runs import ONE_THREAD, run_job
+from tests.test_real_list import LIST
+from tests.test_real_list import site as site  # the fixture
+
+pytestmark = pytest.mark.soak
+
+# fmt: off
+REDUCED = [
+    "--learner.network.global-encoder", "16", "32", "64", "128", "128",
+    "--learner.network.global-decoder", "128", "128", "64", "32", "16",
+    "--learner.network.local-encoder", "8", "16", "32",
+    "--learner.network.local-decoder", "32", "16", "8",
+    "--learner.network.adain-hidden", "64",
+    "--learner.network.generator-base", "16", "--learner.network.generator-residuals", "3",
+]
+# fmt: on
+"""64 px, and a quarter of the paper's widths at the ends: for a CPU."""
+ASKED = 0.3
+"""Share by which the generated frame must be closer to the driving frame than the source is (the issue)."""
+
+
+@needs_shared
+@pytest.mark.real
+@pytest.mark.timeout(6 * 3600)
+def test_held_out_frames_are_followed(site: str, tmp_path: Path) -> None:
+    """Stage 1 on the clips of the list: the last fifth of each training clip is not trained on, and driven to.
+
+    The rate falls once, as in the recipe, here by a second command that goes on from the first one's bundle.
+    """
+    dataset = tmp_path / "clips"
+    code, text = run_job(
+        "preprocess", "motion", f"--input={LIST}", f"--output={dataset}",
+        f"--download.url-template={site}/{{video}}.mp4", folder=tmp_path, timeout=3600,
+    )  # fmt: skip
+    assert code == 0, text
+    learned = teach(dataset, tmp_path / "first", "--learner.lr=5e-4", "--training.samples=10000")
+    finished = teach(
+        dataset, tmp_path / "second", f"--init-from={learned}", "--learner.lr=1e-4",
+        "--training.samples=6000",
+    )  # fmt: skip
+    network = bundle.load(finished)
+    assert isinstance(network, Motion)
+    samples = MotionSamplesConfig(batch_size=8, size=64, loaders=0, reserve=0.2)
+    held_out = HeldOutConfig(split="train", batches=30)
+    found = measure(
+        network, held_out_batches(samples, held_out, str(dataset), rank=0, world_size=1)
+    )
+    print(json.dumps(asdict(found)))  # noqa: T201  # for docs/log.md
+    assert found.gain >= ASKED
+    assert found.landmark_gain >= ASKED
+    assert found.missed <= 0.1 * found.pairs
+
+
+def teach(dataset: Path, folder: Path, *flags: str) -> str:
+    """Train stage 1 of :data:`REDUCED` on one thread; returns the bundle."""
+    folder.mkdir()
+    code, text = run_job(
+        "train_motion", "smoke", f"--dataset={dataset}", f"--output={folder / 'out'}", *REDUCED,
+        "--learner.mask-prior=0.02", "--samples.batch-size=8", "--samples.loaders=1", "--samples.flip=0",
+        "--samples.jitter=0", "--samples.reserve=0.2", "--held-out.split=train", "--held-out.batches=8",
+        "--training.log-every=400", "--training.evaluate-every=2000", "--training.checkpoint-every=2000",
+        *flags, folder=folder, timeout=4 * 3600, extra=ONE_THREAD,
+    )  # fmt: skip
+    assert code == 0, text
+    return str(folder / "out" / "bundle")
+
+
+@contextmanager
+def peak_mib() -> Iterator[list[float]]:
+    """Fills a list with the most memory that this process and its children had together, MiB, looked at ten times a second."""
+    found = [0.0]
+    own, ended = psutil.Process(), threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.1):
+            sizes = []
+            for each in (own, *own.children(recursive=True)):
+                try:
+                    sizes.append(each.memory_info().rss)
+                except psutil.NoSuchProcess:  # a child that ended meanwhile
+                    continue
+            found[0] = max(found[0], sum(sizes) / 2**20)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.mark.timeout(3 * 3600)
+def test_ten_minutes_of_driving_take_the_memory_of_one(tmp_path: Path) -> None:
+    """15,000 frames with a face that walks and nods, through both passes, a small model, and the encoder."""
+    model, portrait = str(tmp_path / "model"), str(tmp_path / "portrait.png")
+    bundle.save(tiny(size=64, patch=16).eval(), model, {}, np.zeros((4, 4, 3), np.uint8))
+    cv2.imwrite(portrait, np.ascontiguousarray(data.astronaut()[:, :, ::-1]))
+
+    def drive(minutes: int) -> tuple[float, float]:
+        angles = np.arange(minutes * 60 * 25) / 25
+        matrices = (
+            [
+                [0.6, -0.02 * np.sin(t), 20 + 9 * np.sin(t / 2)],
+                [0.02 * np.sin(t), 0.6, 3 * np.cos(t)],
+            ]
+            for t in angles
+        )
+        path = tmp_path / f"{minutes}.mp4"
+        clips.encode(path, clips.moving(data.astronaut()[:400], matrices, (320, 240)))
+        output = str(tmp_path / "animated.mp4")
+        config = AnimateConfig(motion=model, source=portrait, driving=str(path), output=output)
+        with peak_mib() as found:
+            made = animate(config)
+        assert made.frames == len(angles)
+        assert made.held < 0.01 * made.frames
+        return found[0], made.took_seconds
+
+    drive(1)  # loads what stays loaded
+    (short, _), (long, seconds) = drive(1), drive(10)
+    print(f"peak {short:.0f} MiB for one minute, {long:.0f} for ten; generated in {seconds:.0f} s")  # noqa: T201
+    assert (
+        long - short < 100
+    )  # the landmarks of 13,500 more frames are 15 MB, their pictures would be 3,000
