@@ -292,7 +292,7 @@ def test_a_blender_learns_to_paint_from_it(dataset: Path, aligner: Path, tmp_pat
 
 
 def test_a_motion_model_learns_from_it(dataset: Path, tmp_path: Path) -> None:
-    """A short form of tests/test_motion_follows.py: 500 steps of a small model at 32 px. A frame it was not trained on comes out closer
+    """A short form of tests/test_motion_follows.py: 400 steps of a small model at 32 px. A frame it was not trained on comes out closer
     than the source is. That it is the landmarks that bring it closer takes more steps than there is time for here: see there."""
     from models import bundle
     from models.motion.network import Motion
@@ -310,13 +310,13 @@ def test_a_motion_model_learns_from_it(dataset: Path, tmp_path: Path) -> None:
         "--learner.network.adain-hidden=64", "--learner.network.generator-base=16",
         "--learner.lr=1e-3", "--samples.batch-size=8", "--samples.flip=0", "--samples.jitter=0",
         "--samples.reserve=0.2", "--held-out.split=train",
-        "--training.samples=4000", "--training.log-every=80", "--training.evaluate-every=4000",
-        "--training.checkpoint-every=4000", folder=tmp_path, extra=ONE_THREAD,
+        "--training.samples=3200", "--training.log-every=80", "--training.evaluate-every=3200",
+        "--training.checkpoint-every=3200", folder=tmp_path, extra=ONE_THREAD,
     )  # fmt: skip
     assert code == 0, text
     losses = [value for _, value in history(tmp_path, "loss/reconstruction", "motion")]
-    assert len(losses) == 50
-    assert np.mean(losses[-10:]) < 0.4 * losses[0]
+    assert len(losses) == 40
+    assert np.mean(losses[-10:]) < 0.5 * losses[0]
     network = bundle.load(str(tmp_path / "out" / "bundle"))
     assert isinstance(network, Motion)
     samples = MotionSamplesConfig(batch_size=8, size=32, loaders=0, reserve=0.2)
