@@ -84,20 +84,21 @@ def adapt_canonical(source: Points, driving: Points, pose: Pose) -> Points:
     pose_s = pose_of(source)
     poses = [pose_of(points) for points in driving]
     own = transform(invert(pose_s), source)
-    expressions = np.stack(
-        [transform(invert(p), points) for p, points in zip(poses, driving, strict=True)]
-    )
-    reference = expressions[neutral_frame(expressions)]
+    expressions = np.empty_like(
+        driving
+    )  # one array as long as the video, which then becomes the result
+    for t, points in enumerate(driving):
+        expressions[t] = transform(invert(poses[t]), points)
+    reference = expressions[neutral_frame(expressions)].copy()
     ratio = np.ptp(own[:68], axis=0) / np.ptp(reference[:68], axis=0)
-    adapted = []
-    for pose_t, expression in zip(poses, expressions, strict=True):
+    for t, expression in enumerate(expressions):
         shape = own + ratio * (expression - reference)
         shape = _set_lids(shape, own, expression, reference)
-        moved = pose_t
+        moved = poses[t]
         if pose == "relative":
-            moved = compose(compose(pose_t, invert(poses[0])), pose_s)
-        adapted.append(transform(moved, shape))
-    return np.stack(adapted)
+            moved = compose(compose(poses[t], invert(poses[0])), pose_s)
+        expressions[t] = transform(moved, shape)
+    return expressions
 
 
 def pose_of(points: Points) -> NDArray[np.floating]:
@@ -107,8 +108,10 @@ def pose_of(points: Points) -> NDArray[np.floating]:
 
 def neutral_frame(expressions: Points) -> int:
     """The frame of (n, K, 2) that is closest to the median one: what the face does most of the time."""
-    away = np.abs(expressions - np.median(expressions, axis=0)).mean(axis=(1, 2))
-    return int(away.argmin())
+    usual = np.empty(expressions.shape[1:])
+    for point in range(len(usual)):  # a point at a time: a median sorts a copy
+        usual[point] = np.median(expressions[:, point], axis=0)
+    return int(np.argmin([np.abs(expression - usual).mean() for expression in expressions]))
 
 
 def lid_gaps(points: Points, eye: int) -> Points:
