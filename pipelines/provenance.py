@@ -51,15 +51,13 @@ def statement(what: str, bundles: Mapping[str, Mapping[str, Any]]) -> str:
     return f"Synthetic media: {what} by neural networks (HeadRay; {made_by})."
 
 
-def container_metadata(
-    what: str, bundles: Mapping[str, Mapping[str, Any]], commit: str
-) -> dict[str, str]:
+def container_metadata(what: str, bundles: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Keys and values for a container."""
     return {
         "comment": statement(what, bundles),
         "digital_source_type": COMPOSITE,
         "synthetic_media": "true",
-        "made_with": f"HeadRay {commit}".strip(),
+        "made_with": "HeadRay",
         **{f"bundle_{role}_sha256": each["sha256"] for role, each in bundles.items()},
     }
 
@@ -90,7 +88,7 @@ def sign(path: Path, statement_: str, bundles: Mapping[str, Mapping[str, Any]]) 
                 "data": {
                     "actions": [
                         {
-                            "action": "c2pa.edited",
+                            "action": "c2pa.created",
                             "digitalSourceType": COMPOSITE,
                             "description": statement_,
                             "parameters": {
@@ -108,7 +106,7 @@ def sign(path: Path, statement_: str, bundles: Mapping[str, Mapping[str, Any]]) 
             alg=c2pa.C2paSigningAlg.ES256,
             sign_cert=Path(os.environ[CERTIFICATE]).read_bytes(),
             private_key=Path(os.environ[KEY]).read_bytes(),
-            ta_url=b"",
+            ta_url=None,
         )
         with c2pa.Signer.from_info(settings) as signer, c2pa.Builder(manifest) as builder:
             builder.sign_file(str(path), str(signed), signer)

@@ -469,7 +469,6 @@ def finish(
     told: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Join parts with the target's sound, mark, and put file and log where they belong."""
-    commit = str(next(iter(told.values()))["git_commit"])
     with tempfile.TemporaryDirectory(prefix="headray-") as folder:
         joined = Path(folder, f"swapped{Path(made.output).suffix}")
         join(
@@ -477,7 +476,7 @@ def finish(
             parts,
             plan.times,
             sound=path if plan.info.audio else None,
-            metadata=provenance.container_metadata(WHAT, told, commit) if config.mark else {},
+            metadata=provenance.container_metadata(WHAT, told) if config.mark else {},
         )
         manifest = "off" if not config.mark else provenance.can_sign()
         if not manifest and joined.suffix != ".mp4":
