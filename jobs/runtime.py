@@ -252,6 +252,10 @@ def train(
     """
     from pipelines import checkpoints, journal, training
 
+    try:
+        config.cluster.require_divides(config.samples.batch_size)
+    except ValueError as error:
+        usage(str(error))
     recipe = {
         field: value
         for field, value in flatten(public(dataclasses.asdict(config))).items()
@@ -326,6 +330,8 @@ def prepare_training(name: str, config: Any) -> dict[str, Any]:
     tags = {
         "git_commit": code["commit"],
         "mlflow.source.git.commit": code["commit"],
+        "mlflow.source.name": f"jobs/train_{name}.py",
+        "mlflow.source.type": "JOB",
         "git_dirty": str(code["dirty"]),
         "dataset": lineage.uri,
         "output": public_url(config.output),

@@ -98,7 +98,7 @@ PRESETS = {
                 generator_residuals=2,
             ),
             features="none",
-            mask_prior=1.0,
+            mask_prior=0.02,
             discriminator_widths=(8, 8, 16, 16),
         ),
         samples=MotionSamplesConfig(batch_size=2, size=64, loaders=0),

@@ -14,7 +14,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -28,10 +28,13 @@ from torch.optim import Optimizer
 
 from models.frozen.weights import WeightsError
 from models.updates import NonFiniteLossError
-from pipelines import checkpoints, health, storage, tracking
+from pipelines import checkpoints, health, nodes, storage, tracking
 from pipelines.journal import Journal
 from pipelines.output import CONFIG, WORK, ConfigError, NothingUsableError
 from pipelines.shards import DatasetError
+
+RESIZE_SECONDS = 60.0
+"""Between two looks whether more workers could join, where their number may change."""
 
 OPERATIONAL = (
     "output",
@@ -154,10 +157,13 @@ class ClusterConfig:
 
     num_workers: int = 1
     """Processes that train together, one GPU each if there are GPUs. 0, or 1 without a cluster: in the job's own process."""
+    min_workers: int = 0
+    """Fewest workers to begin or to go on with while the others are not to be had; when they are, they join at the next
+    checkpoint's samples. The numbers then are not to the last digit those of a fixed number. 0: always num_workers."""
     gpu: Literal["auto", "yes", "no"] = "auto"
     """auto: if the cluster has any now. yes: wait for them, so that an autoscaling cluster starts machines."""
     cpus_per_worker: int = 0
-    """CPUs of a worker; 0: the cluster's, divided by the workers."""
+    """CPUs of a worker; 0: as many as its machines have for each of them."""
     max_failures: int = 3
     """Times that lost workers are replaced, from the last checkpoint, before the job ends."""
     price_per_worker_hour: float = 0.0
@@ -169,6 +175,19 @@ class ClusterConfig:
                 f"num_workers, cpus_per_worker and max_failures cannot be negative, got {self.num_workers}, "
                 f"{self.cpus_per_worker}, {self.max_failures}"
             )
+        if not 0 <= self.min_workers <= self.num_workers:
+            raise ValueError(
+                f"min_workers: 0 <= min_workers <= num_workers, got {self.min_workers} and {self.num_workers}"
+            )
+
+    def require_divides(self, batch_size: int) -> None:
+        """Every number of workers that there may be gets a share of the batch. Raises ``ValueError``."""
+        for count in range(self.min_workers or self.num_workers, self.num_workers + 1):
+            if count and batch_size % count:
+                raise ValueError(
+                    f"a batch of {batch_size} cannot be divided among {count} workers, which cluster.min-workers "
+                    f"{self.min_workers} and cluster.num-workers {self.num_workers} allow"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,8 +240,9 @@ def run(training: Training) -> Outcome:
     trainer = ray.train.torch.TorchTrainer(
         fit,  # type: ignore[arg-type]  # returns a value, as Train's version 2 allows
         train_loop_config={"training": training},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=0 if local else cluster.num_workers,
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # of version 2
+            num_workers=0 if local else _group_size(cluster),  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             use_gpu=use_gpu and not local,
             resources_per_worker=None if local else _resources(cluster, use_gpu),
         ),
@@ -254,11 +274,38 @@ def _has_gpu(local: bool) -> bool:
     return torch.cuda.is_available() if local else ray.cluster_resources().get("GPU", 0) > 0
 
 
-def _resources(cluster: ClusterConfig, use_gpu: bool) -> dict[str, float]:
-    cpus = cluster.cpus_per_worker or max(
-        1, int(ray.cluster_resources().get("CPU", 1) // cluster.num_workers)
+def _group_size(cluster: ClusterConfig) -> int | tuple[int, int]:
+    """How many workers there must be, or from how many to how many."""
+    return (
+        (cluster.min_workers, cluster.num_workers) if cluster.min_workers else cluster.num_workers
     )
+
+
+def _resources(cluster: ClusterConfig, use_gpu: bool) -> dict[str, float]:
+    machines = [
+        (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
+        for node in nodes.alive()
+    ]
+    cpus = cluster.cpus_per_worker or share_of_cpus(machines, cluster.num_workers, use_gpu)
     return {"CPU": float(cpus)} | ({"GPU": 1.0} if use_gpu else {})
+
+
+def share_of_cpus(machines: Sequence[tuple[int, int]], num_workers: int, use_gpu: bool) -> int:
+    """The most CPUs that each of so many workers can have.
+
+    Args:
+        machines: CPUs and GPUs of each; those without a GPU do not count when workers need one.
+        num_workers: that must find room together.
+        use_gpu: whether each needs a GPU.
+
+    Returns:
+        1 where they find no room now, so that an autoscaling cluster can start any machine for them.
+    """
+    for cpus in range(max((cpus for cpus, _ in machines), default=1), 1, -1):
+        rooms = [min(each // cpus, gpus) if use_gpu else each // cpus for each, gpus in machines]
+        if sum(rooms) >= num_workers:
+            return cpus
+    return 1
 
 
 def _run_config(training: Training, local: bool) -> ray.train.RunConfig:

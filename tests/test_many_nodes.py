@@ -3,11 +3,13 @@ is shipped: the dataset and the training are those of runs that nobody disturbed
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,6 +24,7 @@ from tests.small_list import arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(900)]
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 ACCOUNT = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 
 
@@ -175,12 +178,44 @@ def test_mlflow_has_both_runs_with_their_pictures_in_the_bucket(
     assert steps == sorted(set(steps)), "no step is recorded twice, whoever was killed"
     assert steps[-1] == 40
     (version,) = tracked.search_model_versions("name = 'headray-aligner'")
-    assert version.aliases == ["candidate"] or "candidate" in (version.aliases or [])
+    candidate = tracked.get_model_version_by_alias("headray-aligner", "candidate")
+    assert candidate.version == version.version
     listed = client(server.store).list_objects_v2(Bucket=BUCKET, Prefix="mlflow/")["Contents"]
     names = [entry["Key"] for entry in listed]
     assert any("/images/preview" in name and name.endswith(".png") for name in names)
     assert any(name.endswith("/report/index.html") for name in names)
     assert any(name.endswith("/bundle/model.safetensors") for name in names)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+def test_the_ui_shows_curves_and_pictures_to_who_has_logged_in(
+    server: TrackingServer, tracked: MlflowClient
+) -> None:
+    """A headless Chromium that answers the login as a person does."""
+    from playwright.sync_api import Error, sync_playwright
+
+    experiment = tracked.get_experiment_by_name("headray-aligner")
+    (run,) = tracked.search_runs([experiment.experiment_id])
+    runs = f"{server.uri}/#/experiments/{experiment.experiment_id}/runs"
+    account: Any = {"username": server.username, "password": server.password}
+    with sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        view = browser.new_context(http_credentials=account).new_page()
+        view.set_default_timeout(90_000)
+        view.goto(runs)
+        view.get_by_text(str(run.info.run_name)).first.wait_for()
+        view.goto(f"{runs}/{run.info.run_id}/model-metrics")
+        view.get_by_text("eval/health").first.wait_for()
+        view.goto(f"{runs}/{run.info.run_id}/artifacts/images")
+        view.get_by_text("preview+step+40").last.click()
+        picture = view.locator("img[src^='blob:'], img[src*='preview']").first
+        picture.wait_for()
+        assert picture.evaluate("image => image.naturalWidth") >= 5 * 64
+        stranger = browser.new_context().new_page()
+        with pytest.raises(Error, match="ERR_INVALID_AUTH_CREDENTIALS"):
+            stranger.goto(f"{server.uri}/api/2.0/mlflow/experiments/search?max_results=1")
+        browser.close()
 
 
 def test_mlflow_answers_nobody_without_credentials(server: TrackingServer) -> None:

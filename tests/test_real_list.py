@@ -302,7 +302,7 @@ def test_a_motion_model_begins_to_follow_them(dataset: Path, tmp_path: Path) -> 
 
     code, text = run_job(
         "train_motion", "smoke", f"--dataset={dataset}", f"--output={tmp_path / 'out'}",
-        "--learner.lr=5e-4", "--learner.mask-prior=0.02", "--samples.batch-size=4",
+        "--learner.lr=5e-4", "--samples.batch-size=4",
         "--samples.flip=0", "--samples.jitter=0", "--samples.reserve=0.2", "--held-out.split=train",
         "--training.samples=2400", "--training.log-every=40", "--training.evaluate-every=2400",
         "--training.checkpoint-every=2400", folder=tmp_path, extra=ONE_THREAD,

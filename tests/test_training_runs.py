@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -146,6 +148,53 @@ def test_a_number_that_is_none_on_one_worker_stops_both() -> None:
     with pytest.raises(NothingUsableError, match=r"loss/l1 = nan.*toy-30, toy-31 after 28"):
         training.run(crash)
     assert checkpoints.listed(output) == ["000000000000012.pt", "000000000000024.pt"]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_training_begins_with_one_worker_and_goes_on_with_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second node comes while it trains: the group grows to two, and shrinks to one when that node is killed."""
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    monkeypatch.setattr(training, "RESIZE_SECONDS", 3.0)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    ray.init(address=cluster.address, logging_level="ERROR")
+    worlds = tmp_path / "worlds"
+    worlds.touch()
+    samples = ToySamples(pause=0.25, worlds=str(worlds))
+    elastic = ClusterConfig(num_workers=2, min_workers=1, cpus_per_worker=1, max_failures=9)
+    long = replace(SHORT, samples=2400)
+    work = toy_training(tmp_path / "out", samples, cluster=elastic, config=long)
+
+    def await_start(number: int, size: int) -> None:
+        end = time.monotonic() + 150
+        while len(worlds.read_text().splitlines()) < number:
+            assert time.monotonic() < end, worlds.read_text()
+            time.sleep(0.2)
+        assert worlds.read_text().splitlines()[number - 1].startswith(f"{size} ")
+
+    def change() -> None:
+        await_start(1, size=1)
+        node = cluster.add_node(num_cpus=1)
+        await_start(2, size=2)
+        time.sleep(10)  # some checkpoints
+        node.kill_raylet()
+        await_start(3, size=1)
+
+    with ThreadPoolExecutor(1) as pool:
+        changed = pool.submit(change)
+        outcome = training.run(work)
+        changed.result()
+    ray.shutdown()
+    cluster.shutdown()
+    print(worlds.read_text())  # noqa: T201
+    starts = [int(line.split()[1]) for line in worlds.read_text().splitlines()]
+    assert starts == sorted(starts), "each goes on from the checkpoint of the one before"
+    assert 0 < starts[1] < starts[2] < outcome.samples_seen == long.samples
 
 
 @pytest.mark.gpu

@@ -154,6 +154,8 @@ class ToySamples:
     """Folder with a file for each kill that has happened."""
     pause: float = 0.0
     """Seconds that a batch takes to come."""
+    worlds: str = ""
+    """File that gets a line for each start of rank 0: how many workers there are, and the samples seen."""
 
 
 def toy_batches(
@@ -162,6 +164,9 @@ def toy_batches(
     """This rank's share of every step from ``samples_seen`` on; a picture is a function of the seed and its index."""
     share = config.batch // world_size
     start = samples_seen
+    if config.worlds and rank == 0:
+        with Path(config.worlds).open("a") as file:
+            file.write(f"{world_size} {samples_seen}\n")
     while True:
         indices = range(start + rank * share, start + (rank + 1) * share)
         time.sleep(config.pause)

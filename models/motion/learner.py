@@ -119,8 +119,9 @@ class MotionLearnerConfig:
     feature_matching: float = 10.0
     """Weight, per block of the discriminator (first order model)."""
     mask_prior: float = 2.0
-    """Weight of the mask's mean: 2 against a perceptual loss of about 80. About 1 with ``features="none"``, whose loss is
-    a tenth of that: in the toy a prior of 8 % of the loss separated best."""
+    """Weight of the mask's mean: 2 against a perceptual loss of about 80: in the toy a prior of 8 % of the loss separated best.
+    The loss of ``features="none"`` is a tenth of that, and on few real clips 1 closed the mask before there was a flow worth
+    blending in; 0.02 did not (docs/log.md)."""
     total_variation: float = 0.0
     """Weight of differences between neighbours in the global displacement."""
     local_magnitude: float = 0.0

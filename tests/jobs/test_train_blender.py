@@ -10,7 +10,6 @@ import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -20,13 +19,14 @@ import torch
 from jobs import calibrate, runtime, train_blender
 from models import bundle
 from models.aligner.network import Aligner
-from models.blender.learner import PERCEPTUAL_LAYERS, PREVIEW_COLUMNS
+from models.blender.learner import PERCEPTUAL_LAYERS, PREVIEW_COLUMNS, BlenderLearner
 from models.blender.network import Blender
 from models.frozen.vgg import Vgg19Features
 from pipelines import checkpoints
 from pipelines.samples_blender import blender_batches
 from tests.aligners import NETWORK
 from tests.material import REPOSITORY, SHARED, needs_shared
+from tests.models.blender.scenes import doubled
 from tests.pipelines.test_samples_blender import WRONG, relabelled
 from tests.pipelines.test_training import assert_same
 from tests.runs import ONE_THREAD, run_job, start_job
@@ -71,14 +71,34 @@ def undisturbed(
     return folder, text
 
 
+def smoke_losses(dataset: Path) -> list[dict[str, float]]:
+    """Of the smoke preset's 20 steps, in float64: in float32 they differ by a hundredth from the third step on between AVX2 and
+    AVX-512, in float64 by nothing that JSON shows."""
+    preset = train_blender.PRESETS["smoke"]
+    torch.manual_seed(0)
+    learner = BlenderLearner(preset.learner, wrap=lambda network: network, device=torch.device("cpu"))  # fmt: skip
+    learner.networks.double()
+    batches = blender_batches(preset.samples, str(dataset), samples_seen=0, rank=0, world_size=1)
+    steps = [learner.train_step(doubled(batch), 2 * i) for i, batch in enumerate(islice(batches, 20))]  # fmt: skip
+    return [{name: value.item() for name, value in metrics.items()} for metrics in steps]
+
+
 @pytest.mark.slow
-def test_twenty_losses_of_the_smoke_preset(undisturbed: tuple[Path, str]) -> None:
+def test_twenty_losses_of_the_smoke_preset(people: Path) -> None:
     """Against tests/assets/train_blender_smoke.json; ``python -m tests.jobs.test_train_blender`` wrote it."""
     golden = json.loads(GOLDEN.read_text())
+    found = smoke_losses(people)
+    assert len(golden) == len(found) == 20
+    for step, (expected, metrics) in enumerate(zip(golden, found, strict=True)):
+        assert metrics == pytest.approx(expected, rel=1e-4), f"step {step}"
+
+
+@pytest.mark.slow
+def test_every_step_is_recorded(undisturbed: tuple[Path, str]) -> None:
     for name in LOSSES:
         logged = history(undisturbed[0], name, "blender")
         assert [step for step, _ in logged] == list(range(2, 41, 2))
-        assert [value for _, value in logged] == pytest.approx(golden[name], rel=1e-4), name
+        assert np.isfinite([value for _, value in logged]).all()
 
 
 @pytest.mark.slow
@@ -262,17 +282,9 @@ def test_paper_is_the_supplement() -> None:
     assert paper.samples.pairs.p_reenacted == 0, "real frames"
 
 
-def write_golden(folder: Path) -> dict[str, Any]:
-    """The numbers of a run of the smoke preset on this machine."""
-    make_people(folder / "data")
-    make_aligner(folder / "aligner")
-    code, text = train_smoke(folder, folder / "data", folder / "aligner")
-    assert code == 0, text
-    return {name: [value for _, value in history(folder, name, "blender")] for name in LOSSES}
-
-
 if __name__ == "__main__":
     import tempfile
 
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
-        GOLDEN.write_text(json.dumps(write_golden(Path(made)), indent=1) + "\n")
+        GOLDEN.write_text(json.dumps(smoke_losses(make_people(Path(made))), indent=1) + "\n")

@@ -264,3 +264,29 @@ def test_workers_that_cannot_see_the_output_say_so(tmp_path: Path) -> None:
     lost = toy_training(tmp_path / "here")
     with pytest.raises(ConfigError, match="not to be seen"):
         training.run(replace(lost, output=str(tmp_path / "elsewhere")))
+
+
+@pytest.mark.parametrize(
+    ("machines", "num_workers", "use_gpu", "cpus"),
+    [
+        ([(8, 0)], 2, False, 4),
+        ([(8, 0), (8, 0)], 3, False, 4),  # 16 // 3 would be 5, and 5 fit once on each
+        ([(16, 1), (16, 1)], 2, True, 16),
+        ([(16, 0), (96, 0), (16, 1)], 1, True, 16),  # machines without a GPU do not count
+        ([(32, 4)], 4, True, 8),
+        ([(0, 0)], 8, True, 1),  # nothing there yet: any machine will do
+    ],
+)
+def test_workers_share_the_cpus_of_their_machines(
+    machines: list[tuple[int, int]], num_workers: int, use_gpu: bool, cpus: int
+) -> None:
+    assert training.share_of_cpus(machines, num_workers, use_gpu) == cpus
+
+
+def test_a_changing_number_of_workers_must_divide_the_batch() -> None:
+    ClusterConfig(num_workers=4, min_workers=2).require_divides(12)
+    ClusterConfig(num_workers=0).require_divides(5)
+    with pytest.raises(ValueError, match="16 cannot be divided among 3 workers"):
+        ClusterConfig(num_workers=4, min_workers=2).require_divides(16)
+    with pytest.raises(ValueError, match="min_workers <= num_workers, got 3 and 2"):
+        ClusterConfig(num_workers=2, min_workers=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from models.blender.batch import BlenderBatch, join
@@ -50,3 +52,9 @@ def drawn_batch(count: int = 2, config: PairConfig | None = None) -> BlenderBatc
             for i in range(count)
         ]
     )  # fmt: skip
+
+
+def doubled(batch: BlenderBatch) -> BlenderBatch:
+    """The same batch in float64, label maps as they are."""
+    wide = {name: x.double() for name, x in batch.tensors().items() if x.is_floating_point()}
+    return replace(batch, **wide)

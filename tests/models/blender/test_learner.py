@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.blender.batch import BlenderBatch
 from models.blender.features import FeatureExtractor
 from models.blender.learner import (
     PREVIEW_COLUMNS,
@@ -27,7 +26,7 @@ from models.blender.warp import warp
 from models.frozen.parsing import ParsingLabel
 from models.updates import NonFiniteLossError
 from tests.material import SHARED, needs_shared
-from tests.models.blender.scenes import SIZE, TINY, drawn_batch, paired
+from tests.models.blender.scenes import SIZE, TINY, doubled, drawn_batch, paired
 
 CONFIG = BlenderLearnerConfig(
     network=TINY, perceptual="none", discriminator_base=4, discriminator_limit=8, lightness=1.0
@@ -97,12 +96,6 @@ def in_double(one: BlenderLearner) -> BlenderLearner:
     """The same learner in float64, where sums in another order agree to 1e-9."""
     one.networks.double()
     return one
-
-
-def doubled(batch: BlenderBatch) -> BlenderBatch:
-    """The same batch in float64, label maps as they are."""
-    wide = {name: x.double() for name, x in batch.tensors().items() if x.is_floating_point()}
-    return replace(batch, **wide)
 
 
 def trained_rank(rank: int, folder: str) -> None:
