@@ -265,7 +265,7 @@ def test_an_aligner_learns_heads_from_it(aligner: Path) -> None:
 
 def test_a_blender_learns_to_paint_from_it(dataset: Path, aligner: Path, tmp_path: Path) -> None:
     """Two hundred steps of a small Blender on real people, a quarter of the heads that Aligner's: people it never saw are painted
-    better by 5 dB, in their target's colours, and the preview shows it."""
+    better by 3 dB, and the preview shows it: closer to the truth than the recoloured head was."""
     code, text = run_job(
         "train_blender", "smoke", f"--dataset={dataset}", f"--output={tmp_path / 'out'}",
         f"--aligner={aligner / 'out' / 'bundle'}",
@@ -281,7 +281,7 @@ def test_a_blender_learns_to_paint_from_it(dataset: Path, aligner: Path, tmp_pat
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
     scores = [value for _, value in history(tmp_path, "eval/score/psnr_painted", "blender")]
     assert len(scores) == 3
-    assert scores[-1] > scores[0] + 5
+    assert scores[-1] > scores[0] + 3
     columns = np.split(last_preview(tmp_path, "blender", 400).astype(float), 6, axis=1)
     _, head, colours, _, blended, truth = columns
     inside = (colours != 128).any(axis=2)  # grey where there is no exemplar
