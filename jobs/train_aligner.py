@@ -157,6 +157,8 @@ def job() -> None:
     )
     if config.calibration:
         config = replace(config, learner=weighted(config.learner, config.calibration))
+    if config.learner.network.is_subject:
+        runtime.usage("--learner.network.is-subject is for one person: jobs/finetune.py")
     check(config)
     num_workers = max(config.cluster.num_workers, 1)
     # Leakage is measured between the persons of one batch, so every worker's share must hold two.
