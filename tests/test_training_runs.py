@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +28,7 @@ from pipelines.output import CONFIG, NothingUsableError
 from pipelines.samples import HeldOutConfig
 from pipelines.samples_motion import held_out_batches, motion_batches
 from pipelines.training import ClusterConfig
+from tests.clusters import RAY, end_group, kill_raylet
 from tests.material import REPOSITORY
 from tests.models.motion.pairs import double_pairs, still_motion
 from tests.pipelines.test_training import SHORT, assert_same, losses, tensors, toy_training
@@ -165,6 +169,7 @@ def test_a_training_begins_with_one_worker_and_goes_on_with_two(
     ray.init(address=cluster.address, logging_level="ERROR")
     worlds = tmp_path / "worlds"
     worlds.touch()
+    folder = tempfile.mkdtemp(prefix="hr-")  # sockets want a short path
     samples = ToySamples(pause=0.25, worlds=str(worlds))
     elastic = ClusterConfig(num_workers=2, min_workers=1, cpus_per_worker=1, max_failures=9)
     long = replace(SHORT, samples=2400)
@@ -179,11 +184,18 @@ def test_a_training_begins_with_one_worker_and_goes_on_with_two(
 
     def change() -> None:
         await_start(1, size=1)
-        node = cluster.add_node(num_cpus=1)
-        await_start(2, size=2)
-        time.sleep(10)  # some checkpoints
-        node.kill_raylet()
-        await_start(3, size=1)
+        node = subprocess.Popen(  # Cluster.add_node works in the main thread only
+            [RAY, "start", "--block", f"--address={cluster.address}", "--num-cpus=1", f"--temp-dir={folder}",
+             "--dashboard-agent-listen-port=0"],
+            stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            await_start(2, size=2)
+            time.sleep(10)  # some checkpoints
+            kill_raylet(node)
+            await_start(3, size=1)
+        finally:
+            end_group(node)
 
     with ThreadPoolExecutor(1) as pool:
         changed = pool.submit(change)
@@ -191,6 +203,7 @@ def test_a_training_begins_with_one_worker_and_goes_on_with_two(
         changed.result()
     ray.shutdown()
     cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
     print(worlds.read_text())  # noqa: T201
     starts = [int(line.split()[1]) for line in worlds.read_text().splitlines()]
     assert starts == sorted(starts), "each goes on from the checkpoint of the one before"
