@@ -85,11 +85,12 @@ def read_labels(path: str) -> np.ndarray:
     return labels
 
 
-def cells_of(maps: list[np.ndarray], stride: int, device: str) -> list[Tensor]:
-    """Label maps of A, T and T' to groups (1, h, w)."""
+def cells_of(maps: list[np.ndarray], stride: int, device: str, radius: int = 8) -> list[Tensor]:
+    """Label maps of A, T and T' to groups (1, h, w); ``radius`` is that of the ring, px."""
     tensors = [torch.from_numpy(x)[None, None].to(device) for x in maps]
     a, *targets = tensors
-    rings = [make_masks(a, targets[0], 8).ring_a, *(make_masks(t, t, 8).ring_t for t in targets)]
+    rings = [make_masks(a, targets[0], radius).ring_a]
+    rings += [make_masks(t, t, radius).ring_t for t in targets]
     num_groups = len(GROUPS["fine"]) + 1
     groups = [group_map(x, ring, "fine") for x, ring in zip(tensors, rings, strict=True)]
     return [to_cells(x, num_groups, stride) for x in groups]
@@ -197,15 +198,15 @@ def study_memory(arguments: argparse.Namespace, maps: list[np.ndarray]) -> None:
 
 
 def study_attention(arguments: argparse.Namespace, maps: list[np.ndarray]) -> None:
-    """Figure 5 of the supplement, from two windows and a Blender."""
+    """Figure 5 of the supplement, from two windows and a Blender, at its size; by fine labels, whichever it was trained with."""
     if not arguments.windows or not arguments.labels:
         raise ValueError("attention needs --windows A.png T.png and --labels A.png T.png")
-    pictures = []
+    windows = []
     for path in arguments.windows:
         picture = cv2.imread(path, cv2.IMREAD_COLOR_RGB)
         if picture is None or picture.shape != (SIZE, SIZE, 3):
             raise ValueError(f"{path}: not a picture of {SIZE} x {SIZE}")
-        pictures.append(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1)
+        windows.append(picture)
     if arguments.blender:
         blender = bundle.load(arguments.blender)
         if not isinstance(blender, Blender):
@@ -215,11 +216,12 @@ def study_attention(arguments: argparse.Namespace, maps: list[np.ndarray]) -> No
         blender.features.load_trunk()
         print("no --blender: features of the trunk behind an untrained pyramid")
     config = blender.config
-    names = [
-        *(group.name for group in GROUPS["fine"]),
-        "ring",
-    ]  # whatever labels it was trained with
-    cells = cells_of([maps[0], maps[1], maps[1]], config.feature_stride, "cpu")[:2]
+    size = (config.size, config.size)
+    shrunk = [cv2.resize(window, size, interpolation=cv2.INTER_AREA) for window in windows]
+    pictures = [torch.from_numpy(x).permute(2, 0, 1)[None].float() / 127.5 - 1 for x in shrunk]
+    a, t = (cv2.resize(x, size, interpolation=cv2.INTER_NEAREST_EXACT) for x in maps[:2])
+    names = [*(group.name for group in GROUPS["fine"]), "ring"]
+    cells = cells_of([a, t], config.feature_stride, "cpu", config.paint_radius)
     with torch.no_grad():
         both = blender.features(*pictures)
     views = [

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 VIDEOS = {"first": 12, "second": 2}
 SECONDS_A_VIDEO = 2.0
-IDLE_SECONDS = 6.0
+IDLE_SECONDS = 4.0
 MAX_CPU_NODES = 3
 
 DRIVER = """
@@ -195,6 +195,7 @@ def test_nodes_come_with_the_queue_and_go_after_it(tmp_path: Path) -> None:
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+        "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "2",  # seconds; 10 in production
         "PYTHONPATH": str(REPOSITORY),
     }
     script = tmp_path / "driver.py"

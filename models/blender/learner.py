@@ -320,7 +320,12 @@ def conditioned(image: Tensor, blended: Blended) -> Tensor:
 
 
 def psnr(generated: Tensor, real: Tensor, mask: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1] where the mask (b, 1, h, w) is 1; at most 100."""
-    squared = (losses.exact(generated) - real).square() * mask
-    mean = squared.sum() / (3 * mask.sum()).clamp(min=1)
-    return 10 * torch.log10(4 / mean.clamp(min=4e-10))
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1] where the mask (b, 1, h, w) is 1, at most 100.
+
+    The mean over the pictures of which something is masked, so that shares of workers add up to the batch.
+    """
+    squared = ((losses.exact(generated) - real).square() * mask).flatten(1).sum(dim=1)
+    pixels = mask.flatten(1).sum(dim=1)
+    mean = squared / (3 * pixels).clamp(min=1)
+    decibels = 10 * torch.log10(4 / mean.clamp(min=4e-10))  # (b)
+    return (decibels * (pixels > 0)).sum() / (pixels > 0).sum().clamp(min=1)

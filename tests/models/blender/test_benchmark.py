@@ -9,7 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
+from models import bundle
+from models.blender.network import Blender
 from tests.material import REPOSITORY
+from tests.models.blender.scenes import TINY, drawn
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,3 +40,19 @@ def test_colour_pictures_are_no_label_maps(tmp_path):
     assert done.returncode == 2
     assert "coloured picture" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_attention_is_that_of_a_bundle_at_its_size(tmp_path):
+    labels, window = str(tmp_path / "labels.png"), str(tmp_path / "window.png")
+    drawn_labels = drawn(0).labels[0].numpy()
+    cv2.imwrite(labels, np.kron(drawn_labels, np.ones((16, 16), np.uint8)))
+    cv2.imwrite(window, np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8))
+    bundle.save(Blender(TINY), str(tmp_path / "b"), {}, np.zeros((8, 8, 3), np.uint8))
+    done = run("attention", "--blender", str(tmp_path / "b"), "--windows", window, window, "--labels", labels, labels, "--output", str(tmp_path / "heat"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
+    shares = {name.strip(): float(share) for name, share in rows[1:]}
+    assert set(shares) == {"skin", "l_eye", "nose", "hair", "ring"}
+    assert all(0 <= share <= 1 for share in shares.values())
+    assert {path.stem for path in (tmp_path / "heat").glob("*.png")} == set(shares)

@@ -184,6 +184,10 @@ def test_psnr_is_that_of_the_masked_pixels():
     mask[:, :, 0] = 1  # two pixels, one of them off by a tenth of the range
     assert psnr(generated, real, mask) == pytest.approx(10 * np.log10(1 / (0.01 / 2)), abs=1e-3)
     assert psnr(real, real, mask) == pytest.approx(BEST, abs=1e-3)
+    batch = (torch.cat([generated, real, generated]), real.expand(3, -1, -1, -1))
+    masks = torch.cat([mask, mask, torch.zeros_like(mask)])  # nothing of the third counts
+    mean = (psnr(generated, real, mask) + BEST) / 2
+    assert psnr(*batch, masks) == pytest.approx(float(mean), abs=1e-3)
 
 
 @pytest.mark.parametrize(
