@@ -84,7 +84,8 @@ class Follower:
         self._gate = LandmarkGate()
         self._box: Floats | None = None
         self._seen = 0.0
-        self._person: NDArray[np.float32] | None = None
+        self._person: list[NDArray[np.float32]] = []
+        """Vectors of the person when first seen and when last recognised."""
         self._asked = 0.0
 
     @property
@@ -135,17 +136,23 @@ class Follower:
         return None, cause
 
     def _is_same_person(self, image: Image, points: Floats, overlap: float, at: float) -> bool:
-        """Whether the face is that of the first frame, as far as anybody asks."""
+        """Whether the face is that of the first frame, as far as anybody asks.
+
+        Like the first look or like the last: of small faces single frames of one person may look apart.
+        """
         if self._embedder is None:
             return True
         is_sure = overlap >= SURELY_SAME_FACE and at - self._asked < ASK_SECONDS
-        if self._person is not None and is_sure:
+        if self._person and is_sure:
             return True
         (vector,) = self._embedder.embed([image], points[None])
         self._asked = at
-        if self._person is None:
-            self._person = vector
-        return float(vector @ self._person) >= self._embedder.same_person
+        is_same = not self._person or any(
+            float(vector @ known) >= self._embedder.same_person for known in self._person
+        )
+        if is_same:
+            self._person = [*self._person[:1], vector]
+        return is_same
 
     def _near(self, image: Image) -> NDArray[np.float32]:
         """Tight boxes (m, 4) around where the face was last seen, which costs a fraction of the whole picture."""

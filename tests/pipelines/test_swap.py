@@ -36,7 +36,7 @@ from pipelines.swap import (
     swap,
     swap_frames,
 )
-from pipelines.video import Decoder, VideoInfo, frame_times, probe
+from pipelines.video import Codec, Decoder, VideoInfo, encode_part, frame_times, join, probe
 from tests import clips
 from tests.faces import FACE_68
 from tests.material import SHARED, needs_shared
@@ -237,7 +237,7 @@ def test_ray_workers_make_the_same_bytes(
     code, text = run_job(
         "swap", f"--aligner={bundles[0]}", f"--blender={bundles[1]}", "--source", portrait,
         "--target", str(clip), str(other), str(blank), f"--output={tmp_path / 'ray'}",
-        "--preview", "--workers=2", folder=tmp_path,
+        "--preview", "--workers=2", folder=tmp_path, timeout=550,
     )  # fmt: skip
     assert code == 0, text
     assert "blank.mp4: no usable face" in text
@@ -249,6 +249,74 @@ def test_ray_workers_make_the_same_bytes(
             tmp_path / "alone" / preview
         ).read_bytes()
     assert not list((tmp_path / "ray").glob("*.work"))
+
+
+# --------------------------------------------------------------------------------------------- real clips
+
+
+@needs_shared
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["h264", "ffv1"])
+def test_sound_and_clock_of_real_clips_stay(codec: Codec, tmp_path: Path) -> None:
+    """Of every clip with sound; of the pictures only as many as it takes."""
+    suffix = ".mkv" if codec == "ffv1" else ".mp4"
+    compared = 0
+    for path in sorted((SHARED / "videos").glob("*.mp4")):
+        info = probe(path)
+        if not info.audio:
+            continue
+        times = frame_times(path)[:4].tolist()
+        with Decoder() as decoder:
+            read = decoder.read(path, info, ranges=[(0, 4)], images=range(4))
+            shown = [frame.image for frame in read if frame.image is not None]
+        files = [tmp_path / f"{path.stem}-{i}{suffix}" for i in range(2)]
+        rate = Fraction(info.fps).limit_denominator(1001)
+        for file, some in zip(files, (shown[:2], shown[2:]), strict=True):
+            assert encode_part(file, some, rate, codec) == 2
+        made = tmp_path / f"{path.stem}{suffix}"
+        join(made, files, times, sound=path)
+        assert np.array_equal(samples(made), samples(path)), path.name
+        assert np.allclose(frame_times(made), times, atol=5.1e-4 if codec == "ffv1" else 2e-5)
+        if codec == "ffv1":
+            assert all(map(np.array_equal, pictures(made), shown))
+        compared += 1
+    assert compared >= 8
+
+
+@needs_shared
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_real_head_on_a_real_person(bundles: tuple[str, str], tmp_path: Path) -> None:
+    photos, target = SHARED / "photos", SHARED / "videos" / "m003_b.mp4"
+    config = replace(
+        settings(bundles, str(photos / "p01_a.jpg"), target, output=tmp_path / "out.mkv"),
+        source=(str(photos / "p01_a.jpg"), str(photos / "p01_b.jpg")),
+        codec="ffv1",
+    )
+    (made,) = swap(config)
+    before, after = probe(target), probe(config.output)
+    assert (made.frames, made.copied) == (63, 0)
+    assert (after.width, after.height, after.frames) == (before.width, before.height, 63)
+    assert after.fps == pytest.approx(before.fps)
+    assert np.allclose(frame_times(config.output), frame_times(target), atol=5.1e-4)
+    assert np.array_equal(samples(config.output), samples(target))
+    plan = make_plan(config, target, SIZE, "m003_b")
+    own, shown = read_some(target, (0, 30, 62)), read_some(config.output, (0, 30, 62))
+    for swapped in swap_frames(load(config).swapper, plan, target, range(30, 31)):
+        outside = beyond_reach(swapped)
+        assert np.array_equal(shown[1], swapped.image)
+        assert np.array_equal(shown[1][outside], own[1][outside])
+    for first, second in zip(own, shown, strict=True):
+        same = (first == second).all(axis=-1)
+        assert 0.6 < same.mean() < 0.98
+
+
+def read_some(path: object, indices: tuple[int, ...]) -> list[NDArray[np.uint8]]:
+    info = probe(str(path))
+    with Decoder() as decoder:
+        read = decoder.read(str(path), info, ranges=[(0, info.frames)], images=indices)
+        return [frame.image for frame in read if frame.image is not None]
 
 
 # ---------------------------------------------------------------------------------------- steady windows
