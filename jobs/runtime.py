@@ -243,7 +243,7 @@ def train(
 
     Args:
         name: of the model.
-        config: with ``dataset``, ``output``, ``training``, ``cluster`` and ``health``.
+        config: a ``TrainConfig`` with ``learner`` and ``samples``.
         build: of the learner.
         batches: to train on.
         held_out: to evaluate on.
@@ -253,7 +253,7 @@ def train(
     from pipelines import checkpoints, journal, training
 
     try:
-        config.cluster.require_divides(config.samples.batch_size)
+        config.cluster.require_divides(config.samples.batch_size, config.learner.accumulate)
     except ValueError as error:
         usage(str(error))
     recipe = {

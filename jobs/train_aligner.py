@@ -36,20 +36,15 @@ from pipelines.samples_aligner import (
     aligner_batches,
     held_out_batches,
 )
-from pipelines.training import ClusterConfig, TrainingConfig
+from pipelines.training import ClusterConfig, TrainConfig, TrainingConfig
 
 HEALTH = HealthConfig(progress="loss/l1", leakage="eval/health/leakage")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainAlignerConfig:
+class TrainAlignerConfig(TrainConfig):
     """A dataset → a trained Aligner."""
 
-    dataset: str
-    """Published dataset: a folder or fsspec URI."""
-    output: str
-    """Where checkpoints, the bundle and what is recorded go: a folder or fsspec URI that all workers can write. Running
-    again on the same output goes on."""
     init: str = ""
     """Bundle whose weights the training begins with: of the same network, or of one of schedule lpd and half the size, which
     grows (folder, URI, or models:/NAME@alias)."""
@@ -61,10 +56,6 @@ class TrainAlignerConfig:
     """What is drawn from the dataset."""
     held_out: AlignerHeldOutConfig = field(default_factory=AlignerHeldOutConfig)
     """What is evaluated on."""
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    """How long, how often what."""
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """The workers."""
     health: HealthConfig = HEALTH
     """When to warn."""
 
@@ -210,11 +201,6 @@ def check(config: TrainAlignerConfig) -> None:
     num_workers = max(config.cluster.num_workers, 1)
     try:
         samples_aligner.check(config.samples, config.held_out, config.dataset, num_workers)
-        if config.samples.batch_size // num_workers % config.learner.accumulate:
-            raise ValueError(
-                f"--learner.accumulate {config.learner.accumulate} must divide a worker's "
-                f"{config.samples.batch_size // num_workers} samples"
-            )
         if config.init:
             fitting(tracking.find_bundle(config.init), config.learner)
     except ValueError as error:

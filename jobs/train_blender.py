@@ -33,20 +33,17 @@ from pipelines import samples_blender, shards, tracking
 from pipelines.health import HealthConfig
 from pipelines.samples import HeldOutConfig
 from pipelines.samples_blender import BlenderSamplesConfig, blender_batches, held_out_batches
-from pipelines.training import ClusterConfig, TrainingConfig
+from pipelines.training import ClusterConfig, TrainConfig, TrainingConfig
 
 HEALTH = HealthConfig(progress="loss/l1", leakage="")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBlenderConfig:
+class TrainBlenderConfig(TrainConfig):
     """A dataset → a trained Blender."""
 
     dataset: str
     """Published dataset with labels: a folder or fsspec URI."""
-    output: str
-    """Where checkpoints, the bundle and what is recorded go: a folder or fsspec URI that all workers can write. Running
-    again on the same output goes on."""
     aligner: str = ""
     """Bundle of an Aligner of the same size, which makes the heads of a share of the samples (``samples.pairs.p_reenacted``):
     folder, URI, or models:/NAME@alias. Empty: every head is a real one in other colours."""
@@ -58,10 +55,6 @@ class TrainBlenderConfig:
     """What is drawn from the dataset."""
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     """What is evaluated on."""
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    """How long, how often what."""
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """The workers."""
     health: HealthConfig = HEALTH
     """When to warn."""
 
@@ -170,11 +163,6 @@ def check(config: TrainBlenderConfig) -> AlignerConfig | None:
     try:
         aligner = aligner_network(config) if config.aligner else None
         samples_blender.check(drawn, config.held_out, config.dataset, aligner, num_workers)
-        if drawn.batch_size // num_workers % learner.accumulate:
-            raise ValueError(
-                f"--learner.accumulate {learner.accumulate} must divide a worker's "
-                f"{drawn.batch_size // num_workers} samples"
-            )
     except ValueError as error:
         if isinstance(error, runtime.USER_ERRORS):
             raise

@@ -33,7 +33,7 @@ from pipelines.film import film
 from pipelines.health import HealthConfig
 from pipelines.samples import HeldOutConfig
 from pipelines.samples_motion import MotionSamplesConfig, held_out_batches, motion_batches
-from pipelines.training import ClusterConfig, TrainingConfig
+from pipelines.training import ClusterConfig, TrainConfig, TrainingConfig
 
 HEALTH = HealthConfig(progress="loss/reconstruction", leakage="")
 WHOLE_STAGE = sys.maxsize
@@ -43,14 +43,11 @@ RECIPE_BATCH = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainMotionConfig:
+class TrainMotionConfig(TrainConfig):
     """A dataset → a trained motion model."""
 
     dataset: str
     """Published dataset, best of a motion preset of jobs/preprocess.py: a folder or fsspec URI."""
-    output: str
-    """Where checkpoints, the bundle and what is recorded go: a folder or fsspec URI that all workers can write. Running
-    again on the same output goes on."""
     init_from: str = ""
     """Bundle of the same network whose weights the training begins with (folder, URI, or models:/NAME@alias). Stage 2 needs
     one: that of stage 1."""
@@ -62,8 +59,6 @@ class TrainMotionConfig:
     """What is evaluated on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How often what. ``samples`` beyond the end of the stage are the whole stage."""
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """The workers."""
     health: HealthConfig = HEALTH
     """When to warn."""
 
@@ -196,11 +191,6 @@ def check(config: TrainMotionConfig) -> int:
     num_workers = max(config.cluster.num_workers, 1)
     try:
         units = samples_motion.check(drawn, config.held_out, config.dataset, num_workers)
-        if drawn.batch_size // num_workers % config.learner.accumulate:
-            raise ValueError(
-                f"--learner.accumulate {config.learner.accumulate} must divide a worker's "
-                f"{drawn.batch_size // num_workers} samples"
-            )
         if config.init_from:
             fitting(tracking.find_bundle(config.init_from), config.learner)
     except ValueError as error:

@@ -180,14 +180,40 @@ class ClusterConfig:
                 f"min_workers: 0 <= min_workers <= num_workers, got {self.min_workers} and {self.num_workers}"
             )
 
-    def require_divides(self, batch_size: int) -> None:
-        """Every number of workers that there may be gets a share of the batch. Raises ``ValueError``."""
+    def require_divides(self, batch_size: int, accumulate: int) -> None:
+        """Every number of workers that there may be gets a share of the batch, and each share can be accumulated.
+
+        Raises:
+            ValueError: if not.
+        """
         for count in range(self.min_workers or self.num_workers, self.num_workers + 1):
             if count and batch_size % count:
                 raise ValueError(
                     f"a batch of {batch_size} cannot be divided among {count} workers, which cluster.min-workers "
                     f"{self.min_workers} and cluster.num-workers {self.num_workers} allow"
                 )
+            share = batch_size // max(count, 1)
+            if share % accumulate:
+                raise ValueError(
+                    f"--learner.accumulate {accumulate} must divide a worker's {share} samples"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What every training job is told; each adds its learner and its samples."""
+
+    dataset: str
+    """Published dataset: a folder or fsspec URI."""
+    output: str
+    """Where checkpoints, the bundle and what is recorded go: a folder or fsspec URI that all workers can write. Running
+    again on the same output goes on."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How long, how often what."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The workers."""
+    health: health.HealthConfig = field(default_factory=health.HealthConfig)
+    """When to warn."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -284,9 +284,12 @@ def test_workers_share_the_cpus_of_their_machines(
 
 
 def test_a_changing_number_of_workers_must_divide_the_batch() -> None:
-    ClusterConfig(num_workers=4, min_workers=2).require_divides(12)
-    ClusterConfig(num_workers=0).require_divides(5)
+    ClusterConfig(num_workers=4, min_workers=2).require_divides(12, 1)
+    ClusterConfig(num_workers=0).require_divides(5, 1)
     with pytest.raises(ValueError, match="16 cannot be divided among 3 workers"):
-        ClusterConfig(num_workers=4, min_workers=2).require_divides(16)
+        ClusterConfig(num_workers=4, min_workers=2).require_divides(16, 1)
     with pytest.raises(ValueError, match="min_workers <= num_workers, got 3 and 2"):
         ClusterConfig(num_workers=2, min_workers=3)
+    with pytest.raises(ValueError, match="accumulate 4 must divide a worker's 6 samples"):
+        ClusterConfig(num_workers=2).require_divides(12, 4)
+    ClusterConfig(num_workers=2).require_divides(12, 3)
