@@ -47,7 +47,7 @@ class Job:
 
     def __call__(self, *arguments: str) -> int:
         """The exit code."""
-        self.patch.setenv("COLUMNS", "200")
+        self.patch.setattr(runtime.console, "width", 200)
         self.patch.setattr(sys, "argv", ["jobs/dataset.py", *arguments])
         code = 0
         try:
