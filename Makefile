@@ -8,12 +8,12 @@ INSTALLED := $(VENV)/installed
 
 # A test run is its own: no cluster, tracking server or leftover token of this machine takes part. Ray's sessions go to a
 # folder that is removed afterwards; its path is short because sockets lie below it. One thread a process: small networks
-# gain nothing from more, many processes at once lose much, and sums come out the same on every machine. Three files of tests
-# run beside each other: most of the time of one is waiting for Ray to start and stop, and for sites that do not answer.
+# gain nothing from more, many processes at once lose much, and sums come out the same on every machine. Two files of tests
+# run beside each other: half of the time of one is waiting for Ray, and for sites that do not answer; three gain little on two cores.
 PYTEST = sessions=$$(mktemp -d /tmp/headray.XXXX) && trap 'rm -rf "$$sessions"' EXIT && \
 	env -u RAY_ADDRESS -u MLFLOW_TRACKING_URI RAY_TMPDIR=$$sessions RAY_AUTH_MODE=disabled \
 	RAY_USAGE_STATS_ENABLED=0 RAY_TRAIN_ENABLE_PRINT_PATCH=0 RAY_DATA_DISABLE_PROGRESS_BARS=1 OMP_NUM_THREADS=1 \
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: help demo test fast lint format
 .DEFAULT_GOAL := help
