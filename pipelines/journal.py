@@ -164,21 +164,17 @@ def save_bundle(
     return bundle.save(learner.export(), uri, told, preview.numpy())
 
 
-COLUMN_PX = 128
-"""Least width of a preview's column: narrower ones are enlarged until their names can be read."""
-
-
 def picture(preview: Tensor, columns: tuple[str, ...]) -> NDArray[np.uint8]:
     """(b, 3, h, w * k) in [-1, 1] → one RGB picture, a row for each sample, the columns named above them."""
     images = ((preview.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     rows = np.concatenate(list(images.permute(0, 2, 3, 1).numpy()), axis=0)  # (b * h, w * k, 3)
-    times = -(-COLUMN_PX * max(len(columns), 1) // rows.shape[1])
-    rows = rows.repeat(max(times, 1), axis=0).repeat(max(times, 1), axis=1)
     width = rows.shape[1] // max(len(columns), 1)
+    if width < 64:
+        return np.ascontiguousarray(rows)
     head = np.full((20, rows.shape[1], 3), 255, np.uint8)
     for number, name in enumerate(columns):
         own = head[:, number * width : (number + 1) * width]  # a long name ends with its column
-        cv2.putText(own, name, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.36, (0, 0, 0), 1, cv2.LINE_AA)
+        cv2.putText(own, name, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
     return np.concatenate([head, rows], axis=0)
 
 

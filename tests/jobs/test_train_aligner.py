@@ -69,7 +69,7 @@ def test_everything_is_where_the_summary_says(undisturbed: tuple[Path, str]) -> 
     assert card["dataset"]["digest"] == hashlib.sha256(manifest).hexdigest()[:12]
     assert card["samples_seen"] == 40
     preview = cv2.imread(str(output / "bundle" / "preview.png"))
-    assert preview.shape == (20 + 2 * 128, 5 * 128, 3)  # two people; five columns
+    assert preview.shape == (20 + 2 * 64, 5 * 64, 3)  # two people; five columns
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_everything_is_where_the_summary_says(undisturbed: tuple[Path, str]) -> 
     assert (card["model"], card["samples_seen"]) == ("blender", 40)
     assert card["scores"]["eval/score/psnr_painted"] > 3
     preview = cv2.imread(str(output / "bundle" / "preview.png"))
-    assert preview.shape == (20 + 2 * 128, len(PREVIEW_COLUMNS) * 128, 3)
+    assert preview.shape == (20 + 2 * 64, len(PREVIEW_COLUMNS) * 64, 3)
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")

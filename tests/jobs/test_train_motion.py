@@ -98,7 +98,7 @@ def test_everything_is_where_the_summary_says(stage1: tuple[Path, str], people: 
     assert (card["samples_seen"], card["stage"]) == (40, 1)
     assert card["scores"]["eval/metric/l1_source"] > 0
     preview = cv2.imread(str(output / "bundle" / "preview.png"))
-    assert preview.shape == (20 + 2 * 128, 6 * 128, 3)  # two people; six columns
+    assert preview.shape == (20 + 2 * 64, 6 * 64, 3)  # two people; six columns
     config = json.loads((output / "config.json").read_text())["config"]
     assert config["learner"]["schedule"]["epoch_samples"] == 150
 
@@ -114,7 +114,7 @@ def test_mlflow_has_films_previews_and_the_registered_model(
     with av.open(path) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == 5  # a test person's clip has 6 frames, its first is the source
-    assert frames[0].shape == (20 + 128, 6 * 128, 3)
+    assert frames[0].shape == (20 + 64, 6 * 64, 3)
     sources, driving = ([frame[20:, 64 * n : 64 * n + 64] for frame in frames] for n in (0, 1))
     assert abs(sources[0].astype(int) - sources[-1]).mean() < 3
     assert abs(driving[0].astype(int) - driving[-1]).mean() > 1
