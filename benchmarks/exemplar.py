@@ -33,7 +33,7 @@ from models.blender.exemplars import cycle_loss, fallback_table, make_view, tran
 from models.blender.masks import GROUPS, check_labels, group_map, make_masks, to_cells
 from models.blender.network import Blender, BlenderConfig
 from models.blender.studies import attention, own_share
-from models.blender.warp import WarpConfig, unit_features, warp
+from models.blender.warp import WarpConfig, warp
 from models.frozen.parsing import ParsingLabel
 
 SIZE = 512
@@ -132,8 +132,7 @@ def one_warp(leaves: list[Tensor], labels: list[Tensor], config: WarpConfig) -> 
     """Forward and backward of features and colours."""
     fa, ft, colours = leaves
     a, t = labels
-    unit_a, unit_t = (unit_features(x).flatten(2) for x in (fa, ft))
-    out = warp(unit_a, unit_t, colours, a.flatten(1), t.flatten(1), config)
+    out = warp(fa.flatten(2), ft.flatten(2), colours, a.flatten(1), t.flatten(1), config)
     out.values.square().sum().backward()
     for leaf in leaves:
         leaf.grad = None
@@ -147,7 +146,7 @@ def training_step(
 ) -> None:
     """What a training step does to A, T and T': both exemplars, both cycles, backward."""
     a, *targets = [
-        make_view(unit_features(leaf), image, *both)
+        make_view(leaf, image, *both)
         for leaf, image, both in zip(leaves, images, groups, strict=True)
     ]
     table = fallback_table("fine").to(leaves[0].device)
@@ -226,7 +225,7 @@ def study_attention(arguments: argparse.Namespace, maps: list[np.ndarray]) -> No
         both = blender.features(*pictures)
     views = [
         make_view(
-            unit_features(f), picture, c.repeat_interleave(config.feature_stride, 1).repeat_interleave(config.feature_stride, 2), c,
+            f, picture, c.repeat_interleave(config.feature_stride, 1).repeat_interleave(config.feature_stride, 2), c,
         )
         for f, picture, c in zip(both, pictures, cells, strict=True)
     ]  # fmt: skip

@@ -20,7 +20,7 @@ class View(NamedTuple):
     """One picture as the correspondence sees it; h = S / stride."""
 
     features: Tensor
-    """(b, c, h, h) of length 1, see ``unit_features``."""
+    """(b, c, h, h) of any length."""
     groups: Tensor
     """(b, h, h) group of each cell, the ring last, -1 for none."""
     colours: Tensor
@@ -40,7 +40,7 @@ def make_view(features: Tensor, image: Tensor, groups: Tensor, cells: Tensor) ->
     """Bundle what belongs to one picture; the stride follows from the shapes.
 
     Args:
-        features: (b, c, h, h) unit features.
+        features: (b, c, h, h).
         image: (b, 3, S, S).
         groups: (b, S, S) group of each pixel.
         cells: (b, h, h) group of each cell.

@@ -36,7 +36,7 @@ from models.blender.masks import (
     make_masks,
     to_cells,
 )
-from models.blender.warp import WarpConfig, unit_features
+from models.blender.warp import WarpConfig
 from models.layers import spectral
 
 UNetName = Literal["resunet7", "deep7"]
@@ -286,7 +286,7 @@ class Blender(nn.Module):
     def _view(self, features: Tensor, image: Tensor, labels: Tensor, ring: Tensor) -> View:
         groups = group_map(labels, ring, self.config.labels)
         cells = to_cells(groups, self.ring + 1, self.config.feature_stride)
-        return make_view(unit_features(features), image, groups, cells)
+        return make_view(features, image, groups, cells)
 
     def _transfer(self, a: View, t: View, image: Tensor) -> Exemplar:
         still = functional.avg_pool2d(image, self.config.feature_stride)

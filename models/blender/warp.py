@@ -26,7 +26,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 Backend = Literal["dense", "blocks", "chunked", "fused"]
 Span = tuple[int, int, int, int]
@@ -74,8 +73,30 @@ def unit_features(features: Tensor) -> Tensor:
         Same shape, float32 or float64. A location whose channels are all equal becomes 0, not NaN.
     """
     with torch.autocast(features.device.type, enabled=False):
-        wide = _widened(features)
-        return functional.normalize(wide - wide.mean(dim=1, keepdim=True), dim=1, eps=1e-8)
+        unit: Tensor = _Unit.apply(_widened(features))
+        return unit
+
+
+class _Unit(torch.autograd.Function):
+    """Centred and scaled; saves the result and a number a location, where autograd would keep the centred features, too."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        """(b, c, ...) to the same."""
+        centred = features - features.mean(dim=1, keepdim=True)
+        scale = torch.linalg.vector_norm(centred, dim=1, keepdim=True).clamp_min_(1e-8).reciprocal_()
+        unit = centred.mul_(scale)
+        ctx.save_for_backward(unit, scale)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Of the gradient what is neither along the features nor along their mean, scaled as they were."""
+        unit, scale = ctx.saved_tensors
+        along = (unit * grad).sum(dim=1, keepdim=True)
+        change = torch.addcmul(grad - grad.mean(dim=1, keepdim=True), unit, along, value=-1)
+        return change.mul_(scale)
 
 
 def warp(
@@ -91,8 +112,8 @@ def warp(
     The inverse warp is the same function with the roles swapped; nothing is kept between the two.
 
     Args:
-        queries: (b, c, n) unit features of A.
-        keys: (b, c, m) unit features of T.
+        queries: (b, c, n) features of A; the warp itself makes them :func:`unit_features`, those of pixels that take part.
+        keys: (b, c, m) features of T, likewise.
         values: (b, v, m) what T's pixels carry: colours, or anything else.
         query_labels: (b, n) integers; a negative one takes no part.
         key_labels: (b, m) likewise.
@@ -103,11 +124,13 @@ def warp(
     """
     _check(queries, keys, values, query_labels, key_labels)
     with torch.autocast(queries.device.type, enabled=False), _full_precision():
-        q, k, v = _widened(queries), _widened(keys), _widened(values)
+        v = _widened(values)
         if config.backend == "dense":
-            return _dense(q, k, v, query_labels, key_labels, config.tau)
+            units = unit_features(queries), unit_features(keys)
+            return _dense(*units, v, query_labels, key_labels, config.tau)
         groups = group_by_label(query_labels, key_labels)
-        rows = _rows(q, groups.queries), _rows(k, groups.keys), _rows(v, groups.keys)
+        q, k = _Rows.apply(queries, groups.queries), _Rows.apply(keys, groups.keys)
+        rows = unit_features(q), unit_features(k), _Rows.apply(v, groups.keys)
         match config.backend:
             case "blocks":
                 found, lse = _blocks(*rows, groups.spans, config.tau)
@@ -186,9 +209,25 @@ def _widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _rows(x: Tensor, order: Tensor) -> Tensor:
-    """(b, c, n) to the rows (r, c) of some of its pixels."""
-    return x.transpose(1, 2).reshape(-1, x.shape[1]).index_select(0, order)
+class _Rows(torch.autograd.Function):
+    """(b, c, n) to the rows (r, c) of some of its pixels, no pixel twice. No copy of the whole is made, nor of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
+        """``order``: (r,) indices into the flattened (b n) pixels."""
+        ctx.save_for_backward(order)
+        ctx.shape = x.shape
+        pixels = x.shape[2]
+        return x[order // pixels, :, order % pixels]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Each row back to where it came from."""
+        (order,) = ctx.saved_tensors
+        whole = grad.new_zeros(ctx.shape)
+        whole[order // ctx.shape[2], :, order % ctx.shape[2]] = grad
+        return whole, None
 
 
 @contextmanager
