@@ -5,14 +5,16 @@ pixels, ``KEY.matrix.npy`` (n, 2, 3) frame → window, ``KEY.scores.npy`` (n, 4)
 ``KEY.NNNNNN.jpg`` per frame. Frames whose landmarks cannot be a face's are dropped and counted; then tracks are judged
 by medians over the frames that are left: too few, too small, too far outside the picture.
 
-With ``smooth`` the frames are decoded twice: landmarks are located, then located again in boxes that move smoothly, and their
-paths are smoothed (:mod:`pipelines.smoothing`); windows are cut by the smoothed landmarks of the first pass.
+With ``smooth`` the frames are decoded twice: landmarks are located, then located again in boxes that move smoothly, frames in
+which they jump are dropped, and their paths are fused with the optical flow and smoothed (:mod:`pipelines.smoothing`); windows are cut
+by the smoothed landmarks of the first pass. A track of which too many frames had to go is rejected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -22,6 +24,7 @@ from models.frozen import landmarks as landmarkers
 from models.frozen import weights
 from models.frozen.landmarks import FanConfig, Landmarker, LandmarkerName
 from pipelines import smoothing, snapshots, storage
+from pipelines.flow import FaceFlow
 from pipelines.geometry import (
     CropRule,
     Floats,
@@ -86,6 +89,9 @@ class LandmarkGate:
     """Farthest any point may lie from the box's centre, horizontally or vertically; measured 0.64."""
     max_eye_ratio: float = 3.0
     """Greatest ratio of the two eyes' widths; measured 1.6."""
+    max_jump: float = 0.08
+    """Farthest a point may lie from the median of five neighbouring frames, where every frame is there (``smooth``); spec-sparse-motion
+    §8.2. 6 of 2,602 frames in 13 clips are farther, of heads that are shaken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +120,8 @@ class CropsConfig:
     """Least median share of the square that lies inside the frame; the rest is black."""
     min_frames: int = 9
     """Fewest frames of a track."""
+    max_bad: float = 0.1
+    """Greatest share of a track's frames whose landmarks are implausible or jump, with ``smooth``; spec-sparse-motion §8.2."""
     gate: LandmarkGate = LandmarkGate()
     """When a frame's landmarks are believed."""
     resources: StageResources = field(default_factory=lambda: StageResources(memory_gb=1.5))
@@ -128,6 +136,8 @@ class CropsConfig:
             raise ValueError(f"crop_scale must be positive, got {self.crop_scale}")
         if not 0 <= self.min_inside <= 1:
             raise ValueError(f"min_inside is a share between 0 and 1, got {self.min_inside}")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad is a share between 0 and 1, got {self.max_bad}")
         if self.min_frames < 1:
             raise ValueError(f"min_frames must be at least 1, got {self.min_frames}")
         if self.fan != FanConfig() and self.landmarker != "fan":
@@ -243,6 +253,8 @@ class Sheet:
         """Believable landmarks of the first pass by frame index, frame pixels; with ``smooth`` only."""
         self.guides: dict[int, Floats] = {}
         """The same, smoothed: windows are cut by them."""
+        self.flow = FaceFlow()
+        """Of the second pass; with ``smooth`` only."""
         self.keep = np.zeros(len(track.indices), dtype=bool)
         self.last_drop = ""
         self.landmarks: list[Floats] = []
@@ -295,6 +307,8 @@ class Sheet:
         size = (config.size, config.size)
         inside = inside_share(matrix, size, (image.shape[1], image.shape[0]))
         side = window_side(matrix, config.size)
+        if config.smooth:
+            self.flow.add(index, image, box, landmarks)
         self.keep[i] = True
         self.landmarks.append(landmarks)
         self.matrices.append(matrix)
@@ -314,12 +328,19 @@ class Sheet:
         """The track, judged, and its members (none when it is rejected)."""
         config, total = self.config, len(self.track.indices)
         track, _ = select_frames(video, self.track, [], self.keep, Cause.CROP_LANDMARKS)
+        if config.smooth and track.indices:
+            track = self._without_jumps(video, track)
         count = len(track.indices)
         if count < config.min_frames:
             detail = f"{count} of {total} frames left, {config.min_frames} needed"
             if self.last_drop:
                 detail += f"; {total - count} with implausible landmarks (last: {self.last_drop})"
             return reject_track(track, Cause.CROP_FEW_FRAMES, detail), []
+        if config.smooth and total - count > config.max_bad * total:
+            gone = (Cause.CROP_LANDMARKS, Cause.CROP_JUMP)
+            told = ", ".join(f"{track.dropped[c]} {c.reason}" for c in gone if c in track.dropped)
+            detail = f"{total - count} of {total} frames ({told}); max_bad is {config.max_bad:g}"
+            return reject_track(track, Cause.CROP_UNSTEADY, detail), []
         scores = np.array(self.scores, dtype=np.float32)
         medians = np.median(scores, axis=0)
         named = {name: round(float(v), 4) for name, v in zip(SCORE_COLUMNS, medians, strict=True)}
@@ -343,13 +364,23 @@ class Sheet:
         members = [(f"{self.key}.{name}.npy", npy_bytes(array)) for name, array in arrays.items()]
         return track, members + self.pictures
 
+    def _without_jumps(self, video: Video, track: Track) -> Track:
+        """Take the frames back whose landmarks jump."""
+        sides = np.sqrt(np.prod(box_sizes(np.array(track.boxes)), axis=1))
+        points = np.stack(self.landmarks)
+        steady = ~smoothing.jumps(points, sides, self.config.gate.max_jump, track.indices)
+        for name in ("landmarks", "matrices", "scores", "pictures"):
+            setattr(self, name, list(compress(getattr(self, name), steady)))
+        return select_frames(video, track, [], steady, Cause.CROP_JUMP)[0]
+
     def _final(self, indices: Sequence[int]) -> tuple[Floats, dict[str, float]]:
         """Landmarks (n, 68, 2) of the kept frames as they are stored, but in frame pixels, and how they move."""
         points = np.stack(self.landmarks)
         if not self.config.smooth:
             return points, smoothing.measure(points, None, indices)
         raw = np.stack([self.first[index] for index in indices])
-        smooth = smoothing.smooth(points, indices)
+        fused = smoothing.fuse(points, self.flow.along(indices), indices)
+        smooth = smoothing.smooth(fused, indices)
         return smooth, smoothing.measure(raw, smooth, indices)
 
 

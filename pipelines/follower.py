@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import compress
 from pathlib import Path
 
 import cv2
@@ -21,6 +22,7 @@ from models.frozen.identity import EmbedderName, load_embedder
 from models.frozen.landmarks import LandmarkerName, load_landmarker
 from pipelines import smoothing, storage
 from pipelines.crops import LandmarkGate, implausible
+from pipelines.flow import FaceFlow
 from pipelines.geometry import Floats, Image, box_sizes, iou, scale_boxes
 from pipelines.output import ConfigError
 from pipelines.video import Decoder, VideoError, VideoInfo, probe
@@ -52,7 +54,8 @@ class FollowConfig:
     embedder: EmbedderName | None = None
     """Says whether it is still the same person; None: nobody asks."""
     smooth: bool = False
-    """Locate the points of a video a second time and smooth them (:mod:`pipelines.smoothing`); it is decoded twice."""
+    """Locate the points of a video a second time, fuse them with its optical flow and smooth them (:mod:`pipelines.smoothing`); it is
+    decoded twice."""
 
 
 @dataclass(frozen=True)
@@ -244,24 +247,35 @@ def steady(
     boxes: Floats,
     causes: list[str],
 ) -> None:
-    """The second pass, in place: points located anew in boxes that move smoothly, then smoothed along their paths.
+    """The second pass, in place: points located anew in boxes that move smoothly, fused with the flow, smoothed along their paths.
 
     Args:
         follower: locates.
         images: index, time and picture of the frames, again.
         landmarks: (n, 68, 2) of the first pass, NaN where the face is lost.
         boxes: (n, 4) in which they were found.
-        causes: (n) why the face is lost, or ``FOUND``; a face that the second pass does not believe is lost, too.
+        causes: (n) why the face is lost, or ``FOUND``; a face that the second pass does not believe is lost, too, and one whose points
+            jump.
     """
+    flow = FaceFlow()
     known = [index for index, cause in enumerate(causes) if cause == FOUND]
     boxes[known] = smoothing.steady_boxes(landmarks[known], boxes[known], known)
     for index, _, image in images:
         if causes[index] == FOUND:
             points, causes[index] = follower.locate(image, boxes[index])
             landmarks[index] = np.nan if points is None else points
+            if points is not None:
+                flow.add(index, image, boxes[index], points)
     known = [index for index, cause in enumerate(causes) if cause == FOUND]
-    if known:
-        landmarks[known] = smoothing.smooth(landmarks[known], known)
+    if not known:
+        return
+    sides = np.sqrt(np.prod(box_sizes(boxes[known]), axis=1))
+    is_jump = smoothing.jumps(landmarks[known], sides, LandmarkGate().max_jump, known)
+    for index in compress(known, is_jump):
+        landmarks[index], causes[index] = np.nan, "landmarks jump"
+    known = list(compress(known, ~is_jump))
+    fused = smoothing.fuse(landmarks[known], flow.along(known), known)
+    landmarks[known] = smoothing.smooth(fused, known)
 
 
 def _images(path: Path, found: VideoInfo, count: int) -> Iterator[tuple[int, float, Image]]:

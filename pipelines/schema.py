@@ -100,6 +100,8 @@ class Cause(StrEnum):
     TRACK_BUDGET = "track: budget"
 
     CROP_LANDMARKS = "crop: implausible landmarks"
+    CROP_JUMP = "crop: landmarks jump"
+    CROP_UNSTEADY = "crop: unsteady landmarks"
     CROP_SMALL = "crop: small window"
     CROP_OUTSIDE = "crop: outside frame"
     CROP_FEW_FRAMES = "crop: few frames"

@@ -1,9 +1,9 @@
 """Landmarks through a whole track: how much they tremble, how far eyes close, and smoothing that takes only the first.
 
 spec-sparse-motion §8.2: landmarks are located twice, the second time in boxes that move smoothly, because a face that jumps
-about in its box moves its landmarks; then each point's path is fitted by short parabolas (Savitzky and Golay 1964), shorter
-ones for lids and lips. The filter is symmetric, so nothing lags. Not done: the fusion with optical flow of the same section;
-what is here meets the section's own limits without it.
+about in its box moves its landmarks; frames whose points jump are left out; what is left is fused with the optical flow between
+neighbouring frames (:mod:`pipelines.flow`); then each point's path is fitted by short parabolas (Savitzky and Golay 1964),
+shorter ones for lids and lips. All of it looks forward and back alike, so nothing lags.
 
 Windows that are cut around a face in every frame (swapping) have their own filter, a Gaussian over centre, side and angle.
 
@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.ndimage import gaussian_filter1d
+from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import solveh_banded
+from scipy.ndimage import gaussian_filter1d, median_filter
 from scipy.signal import savgol_filter
 
 from pipelines.geometry import Floats, invert, square_matrix, transform, window_side
@@ -32,6 +33,14 @@ LIVELY = np.array([37, 38, 40, 41, 43, 44, 46, 47, *range(48, 68)])
 BOX_WINDOW = 15
 """The same, for the boxes of the second pass: a head has no reason to turn back within half a second of 30 frames."""
 ORDER = 2
+JUMP_WINDOW = 5
+"""Frames whose median says where a point should be."""
+FLOW_VARIANCE = 1.0
+"""Of a step of the flow, in variances of a detection. Of 0.3, 1 and 3, held-out detections are nearest with 1 and 3, and 1 is the
+calmer (docs/log.md)."""
+MOST_SLIP = 0.02
+"""Eye distances by which flow and detections may disagree about a step; beyond, the flow is not believed: it knows nothing of
+lids that close over an eye. With 0.06 a blink loses six hundredths more of its depth."""
 BLINK_DEPTH = 0.35
 """A blink is a dip of :func:`eye_opening` by this share of its median."""
 BLINK_FRAMES = 12
@@ -141,6 +150,62 @@ def fit_paths(values: Floats, indices: Sequence[int], window: int) -> Floats:
         if size > ORDER + 1:
             fitted[run] = savgol_filter(fitted[run], size, ORDER, axis=0, mode="interp")
     return fitted
+
+
+def jumps(
+    points: Floats, sides: ArrayLike, limit: float, indices: Sequence[int]
+) -> NDArray[np.bool_]:
+    """Frames (n,) in which a point lies off the median of itself and its neighbours in time.
+
+    The step from a frame to the next would also tell of heads that move fast: of 250 frames of a head that is shaken it says
+    36, this 2.
+
+    Args:
+        points: (n, k, 2).
+        sides: (n,) of the faces' boxes, px.
+        limit: how far, in medians of ``sides``.
+        indices: (n,) increasing frame indices.
+    """
+    found = np.zeros(len(points), bool)
+    for run in runs(indices):
+        usual = median_filter(points[run], size=(JUMP_WINDOW, 1, 1), mode="nearest")
+        off = np.linalg.norm(points[run] - usual, axis=2).max(axis=1)
+        found[run] = off > limit * float(np.median(np.asarray(sides)))
+    return found
+
+
+def fuse(points: Floats, moves: Floats, indices: Sequence[int]) -> Floats:
+    """The likeliest paths (n, k, 2) of points that were detected in every frame and whose steps the flow saw.
+
+    Of a point that moves as the flow says, with Gaussian errors of both: what a Kalman filter and the smoother of Rauch, Tung and
+    Striebel find, here as the least squares that they solve, a tridiagonal system for each point.
+
+    Args:
+        points: (n, k, 2) detections, px.
+        moves: (n, k, 2) px from the frame before by the flow, NaN where it is not believed.
+        indices: (n,) increasing frame indices; nothing is known of steps over a gap.
+    """
+    fused = np.array(points, dtype=np.float64)
+    count = fused.shape[1]
+    for run in runs(indices):
+        detected, steps = fused[run], np.asarray(moves)[run][1:]
+        length = len(detected)
+        slip = np.linalg.norm(np.diff(detected, axis=0) - steps, axis=2)
+        trust = (slip <= MOST_SLIP * eye_distance(detected)) / FLOW_VARIANCE  # 0 for NaN
+        pulled = trust[:, :, None] * np.nan_to_num(steps)
+        right = detected.copy()
+        right[1:] += pulled
+        right[:-1] -= pulled
+        bands = np.zeros((2, length, count))
+        bands[0, 1:] = -trust
+        bands[1] = 1
+        bands[1, 1:] += trust
+        bands[1, :-1] += trust
+        # one point after the other; the first place of the upper band is 0, so none knows of the next
+        columns = bands.transpose(0, 2, 1).reshape(2, count * length)
+        solved = solveh_banded(columns, right.transpose(1, 0, 2).reshape(count * length, 2))
+        fused[run] = solved.reshape(count, length, 2).transpose(1, 0, 2)
+    return fused
 
 
 def smooth(points: Floats, indices: Sequence[int]) -> Floats:

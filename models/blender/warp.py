@@ -84,7 +84,9 @@ class _Unit(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor) -> Tensor:
         """(b, c, ...) to the same."""
         centred = features - features.mean(dim=1, keepdim=True)
-        scale = torch.linalg.vector_norm(centred, dim=1, keepdim=True).clamp_min_(1e-8).reciprocal_()
+        scale = (
+            torch.linalg.vector_norm(centred, dim=1, keepdim=True).clamp_min_(1e-8).reciprocal_()
+        )
         unit = centred.mul_(scale)
         ctx.save_for_backward(unit, scale)
         return unit

@@ -337,6 +337,44 @@ def test_smoothing_takes_the_tremble_out_of_landmarks_and_windows(astronaut, cut
     assert cut(shaken, smooth=True)[1] == after
 
 
+def test_frames_whose_landmarks_jump_are_dropped_and_many_drop_the_track(
+    astronaut, cut, landmarker
+):
+    """A landmarker that is off by a tenth of a face in some frames of its second pass."""
+    video, _ = astronaut
+
+    class Jumping:
+        """The real landmarker, mistaken about some frames the second time."""
+
+        images_at_once = landmarker.images_at_once
+
+        def __init__(self, *frames: int) -> None:
+            self.frames = [FRAMES + frame for frame in frames]
+            self.seen = 0
+
+        def locate_many(self, images, given):
+            found = landmarker.locate_many(images, given)
+            for points, ((left, _, right, _),) in zip(found, given, strict=True):
+                points += 0.1 * (right - left) * (self.seen in self.frames)
+                self.seen += 1
+            return found
+
+    once, members = cut(video, Jumping(5), smooth=True, max_bad=0.1)
+    (track,) = once.tracks
+    assert track.dropped == {Cause.CROP_JUMP.value: 1}
+    assert track.indices == (*range(5), *range(6, FRAMES))
+    assert npy_array(dict(members)["eileen-portrait-000.landmarks.npy"]).shape == (
+        FRAMES - 1,
+        68,
+        2,
+    )
+    assert "eileen-portrait-000.000005.jpg" not in dict(members)
+    often, members = cut(video, Jumping(3, 8), smooth=True, max_bad=0.1)
+    assert often.tracks[0].cause == Cause.CROP_UNSTEADY
+    assert "2 of 12 frames (2 landmarks jump)" in often.tracks[0].detail
+    assert not [name for name, _ in members if name.endswith(".npy")]
+
+
 def test_smoothing_leaves_alone_what_has_no_neighbours(astronaut, cut):
     """A gap is respected: the frames on its two sides are smoothed as if the others did not exist."""
     video, _ = astronaut

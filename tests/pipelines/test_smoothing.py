@@ -9,12 +9,16 @@ from numpy.typing import NDArray
 
 from models.frozen.detector import load_detector
 from models.frozen.landmarks import load_landmarker
+from pipelines.flow import FaceFlow
 from pipelines.smoothing import (
     blinks_kept,
+    eye_distance,
     eye_opening,
     find_blinks,
     fit_paths,
+    fuse,
     jitter,
+    jumps,
     measure,
     runs,
     smooth,
@@ -98,6 +102,84 @@ def test_a_blink_of_two_frames_keeps_four_fifths_and_its_place(at: int) -> None:
     assert blinks_kept(blinking, late, range(40)) == (pytest.approx(1.0, abs=0.02), 2)
 
 
+def kalman(points: Floats, moves: Floats, limit: float) -> Floats:
+    """What ``fuse`` says it is: a Kalman filter and Rauch, Tung and Striebel's smoother, point by point, axis by axis."""
+    n, count, _ = points.shape
+    smoothed = points.copy()
+    for k in range(count):
+        means, variances, ahead, wide = [points[0, k]], [1.0], [points[0, k]], [0.0]
+        for t in range(1, n):
+            step = moves[t, k]
+            believed = np.linalg.norm(points[t, k] - points[t - 1, k] - step) <= limit
+            ahead.append(means[-1] + np.nan_to_num(step))
+            wide.append(variances[-1] + (1.0 if believed else 1e12))
+            gain = wide[-1] / (wide[-1] + 1)
+            means.append(ahead[-1] + gain * (points[t, k] - ahead[-1]))
+            variances.append(wide[-1] / (wide[-1] + 1))
+        later = means[-1]
+        smoothed[n - 1, k] = later
+        for t in range(n - 2, -1, -1):
+            later = means[t] + variances[t] / wide[t + 1] * (later - ahead[t + 1])
+            smoothed[t, k] = later
+    return smoothed
+
+
+def test_fusion_is_kalmans_filter_and_its_smoother() -> None:
+    draw = np.random.default_rng(0)
+    path = walking(25)
+    limit = 0.02 * eye_distance(path)
+    points = shaken(path, 0.6 * limit)
+    moves = np.diff(path, axis=0, prepend=path[:1]) + draw.normal(0, 0.3 * limit, path.shape)
+    moves[draw.random(moves.shape[:2]) < 0.2] = np.nan
+    moves[7:9] += 50  # nonsense of the flow
+    fused = fuse(points, moves, range(25))
+    np.testing.assert_allclose(fused, kalman(points, moves, 0.02 * eye_distance(points)), atol=1e-6)
+    assert np.abs(fused - points).max() > 0.1
+    parts = [*range(10), *range(12, 27)]
+    np.testing.assert_array_equal(fuse(points, moves, parts)[:10], fuse(points[:10], moves[:10], range(10)))  # fmt: skip
+    np.testing.assert_array_equal(fuse(points, np.full_like(moves, np.nan), range(25)), points)
+
+
+def test_the_flow_halves_what_is_left_of_the_tremble() -> None:
+    path = walking(60)
+    points = shaken(path, 0.5)
+    moves = shaken(np.diff(path, axis=0, prepend=path[:1]), 0.1, seed=1)
+
+    def error(found: Floats) -> float:
+        return float(np.linalg.norm(found - path, axis=-1).mean())
+
+    fused = fuse(points, moves, range(60))
+    assert error(smooth(fused, range(60))) < 0.85 * error(smooth(points, range(60)))
+    still = np.repeat(path[:1], 60, axis=0)
+    calm, plain = (
+        smooth(found, range(60))
+        for found in (fuse(shaken(still, 0.5), np.zeros_like(still), range(60)), shaken(still, 0.5))
+    )
+    assert jitter(calm, range(60)) < 0.7 * jitter(plain, range(60))
+
+
+@pytest.mark.parametrize("at", range(10, 14))
+def test_a_flow_that_sees_no_blink_leaves_it_where_it_is(at: int) -> None:
+    """Lids that close over an eye: the flow says that nothing but the head moves."""
+    blinking = walking(40, {at: 1.0, at + 1: 1.0})
+    head = walking(40)
+    moves = np.diff(head, axis=0, prepend=head[:1])
+    share, lag = blinks_kept(blinking, smooth(fuse(blinking, moves, range(40)), range(40)), range(40))  # fmt: skip
+    assert share >= 0.8
+    assert lag <= 1
+
+
+def test_a_jump_is_not_a_head_that_moves() -> None:
+    fast = np.stack([face() + np.array([25.0 * i, 0]) for i in range(20)])
+    side = np.full(20, 200.0)
+    assert not jumps(fast, side, 0.08, range(20)).any()
+    fast[9, 30] += [0, 17]  # one point by 8.5 % of the side
+    fast[14] += [0, 40]
+    assert np.flatnonzero(jumps(fast, side, 0.08, range(20))).tolist() == [9, 14]
+    assert not jumps(fast, 3 * side, 0.08, range(20)).any()
+    assert not jumps(fast[8:11], side[:3], 0.08, [1, 5, 9]).any()  # nobody is a neighbour
+
+
 def test_blinks_are_found_where_eyes_close() -> None:
     closed = {10: 0.5, 11: 1.0, 12: 1.0, 13: 0.4, 30: 1.0, 31: 0.9} | dict.fromkeys(
         range(45, 70), 0.9
@@ -164,5 +246,11 @@ def test_a_real_still_face_trembles_a_third_as_much(clip: str) -> None:
         pictures.append(noisy)
     steady = steady_boxes(np.stack(raw), np.stack(boxes), range(20))
     again = [landmarker.locate(*pair)[0] for pair in zip(pictures, steady[:, None], strict=True)]
-    smoothed = smooth(np.stack(again).astype(float), range(20))
+    located = np.stack(again).astype(float)
+    smoothed = smooth(located, range(20))
     assert jitter(np.stack(raw), range(20)) > 3 * jitter(smoothed, range(20)) > 0
+    flow = FaceFlow()
+    for index in range(20):
+        flow.add(index, pictures[index], steady[index], located[index])
+    fused = smooth(fuse(located, flow.along(range(20)), range(20)), range(20))
+    assert jitter(fused, range(20)) < 0.8 * jitter(smoothed, range(20))
