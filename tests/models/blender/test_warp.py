@@ -249,7 +249,7 @@ def test_fused_in_tritons_interpreter_agrees_with_dense():
     code = """
 import torch
 from models.blender.warp import WarpConfig
-from tests.models.blender.test_warp import LABELS, label_pair, outcome
+from tests.models.blender.test_warp import LABELS, label_pair, outcome, peak_bytes
 for name in LABELS:
     labels = label_pair(name, copies=11)
     dense = outcome(*labels, torch.float32, WarpConfig(backend="dense", tau=0.1))
@@ -257,6 +257,7 @@ for name in LABELS:
     for one, other in zip(found, dense, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     print(name)
+torch.testing.assert_close(*[peak_bytes(backend, 2000) for backend in ("fused", "chunked")], rtol=0.2, atol=0)
 """
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
