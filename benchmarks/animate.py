@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -88,55 +88,98 @@ def macs(work: Callable[[], object]) -> float:
     return counter.get_total_flops() / 2
 
 
-@torch.inference_mode()
-def measure(device: torch.device, repeats: int, batch: int, *, is_compiled: bool) -> None:
-    """Print the rows of one device."""
-    torch.manual_seed(0)
-    model = Motion(MotionConfig()).to(device).eval()
-    decoders = Decoders(model)
-    size = model.config.size
-    source = torch.rand(1, 3, size, size, device=device) * 2 - 1
-    face = torch.rand(1, model.config.num_landmarks, 2, device=device) - 0.5
-    many = torch.rand(batch, model.config.num_landmarks, 2, device=device) - 0.5
-    cache = model.prepare(source, face)
-    each = macs(lambda: model.drive(cache, face))
-    bare = macs(lambda: decoders(cache, face))
-    print(
-        f"| {device.type}: multiply-accumulates, prepare | {macs(lambda: model.prepare(source, face)) / 1e9:.1f} G | | |"
-    )
-    print(f"| drive, a frame | {each / 1e9:.1f} G | | |")
-    print(f"| decoders alone, a frame | {bare / 1e9:.1f} G | | |")
+class Counted(NamedTuple):
+    """Multiply-accumulates."""
 
-    for precision, dtype in PRECISIONS.items():
-        floor = 1e3 * each / best_rate(device, dtype)
-        with autocast(device, precision):
-            cache = model.prepare(source, face)
-            spread = cache.expand(batch)
-            drive = torch.compile(model.drive) if is_compiled else model.drive
-            rows: dict[str, Callable[[], object]] = {
-                "decoders alone": partial(decoders, cache, face),
-                "whole forward pass": partial(model, source, face, face),
-                "cached drive": partial(model.drive, cache, face),
-            }
-            if is_compiled:
-                rows["cached drive, compiled"] = partial(drive, cache, face)
-            singles = medians(rows, device, repeats)
-            batched = medians(
-                {
-                    f"decoders alone, batch {batch}": partial(decoders, spread, many),
-                    f"cached drive, batch {batch}": partial(model.drive, spread, many),
-                },
-                device,
-                max(repeats // 4, 3),
-            )
-        frames = {name: taken / batch for name, taken in batched.items()}
-        for group in (singles, frames):
-            alone = next(iter(group.values()))
-            for name, taken in group.items():
-                ratios = f"{taken / alone:.2f} | {taken / floor:.2f}"
-                print(
-                    f"| {device.type} {precision}: {name} | {taken:.1f} ms | {ratios} |", flush=True
-                )
+    prepare: float
+    drive: float
+    """A frame."""
+    decoders: float
+    """A frame."""
+
+
+class Row(NamedTuple):
+    """What one way of making frames takes."""
+
+    setting: str
+    """Precision, and what else was changed."""
+    name: str
+    ms: float
+    """A frame."""
+    of_decoders: float
+    """Times what the decoders alone take."""
+    of_product: float
+    """Times what as many multiply-accumulates take in a matrix product."""
+
+
+@torch.inference_mode()
+def count(device: torch.device, config: MotionConfig) -> Counted:
+    """Of a model with random weights."""
+    model, source, face, _ = _material(device, config, 1)
+    cache = model.prepare(source, face)
+    decoders = Decoders(model)
+    return Counted(
+        macs(lambda: model.prepare(source, face)),
+        macs(lambda: model.drive(cache, face)),
+        macs(lambda: decoders(cache, face)),
+    )
+
+
+def _material(
+    device: torch.device, config: MotionConfig, batch: int
+) -> tuple[Motion, Tensor, Tensor, Tensor]:
+    """Model, source, its landmarks, those of a batch of frames."""
+    torch.manual_seed(0)
+    model = Motion(config).to(device).eval()
+    source = torch.rand(1, 3, config.size, config.size, device=device) * 2 - 1
+    face = torch.rand(1, config.num_landmarks, 2, device=device) - 0.5
+    many = torch.rand(batch, config.num_landmarks, 2, device=device) - 0.5
+    return model, source, face, many
+
+
+@torch.inference_mode()
+def measure(
+    device: torch.device,
+    config: MotionConfig,
+    repeats: int,
+    batch: int,
+    *,
+    precision: Precision,
+    is_channels_last: bool = False,
+    is_compiled: bool = False,
+) -> list[Row]:
+    """The rows of one setting. With ``is_compiled`` also frames of a compiled ``drive``, one by one and in batches."""
+    model, source, face, many = _material(device, config, batch)
+    if is_channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        source = source.contiguous(memory_format=torch.channels_last)
+    setting = precision + (", channels_last" if is_channels_last else "")
+    decoders = Decoders(model)
+    plain = model.prepare(source, face)
+    floor = 1e3 * macs(lambda: model.drive(plain, face)) / best_rate(device, PRECISIONS[precision])
+    with autocast(device, precision):
+        cache = model.prepare(source, face)
+        spread = cache.expand(batch)
+        drive = torch.compile(model.drive) if is_compiled else model.drive
+        single: dict[str, Callable[[], object]] = {
+            "decoders alone": partial(decoders, cache, face),
+            "whole forward pass": partial(model, source, face, face),
+            "cached drive": partial(model.drive, cache, face),
+        }
+        several: dict[str, Callable[[], object]] = {
+            f"decoders alone, batch {batch}": partial(decoders, spread, many),
+            f"cached drive, batch {batch}": partial(model.drive, spread, many),
+        }
+        if is_compiled:
+            single["cached drive, compiled"] = partial(drive, cache, face)
+            several[f"cached drive, batch {batch}, compiled"] = partial(drive, spread, many)
+        rows = []
+        for works, frames in ((single, 1), (several, batch)):
+            taken = medians(works, device, repeats if frames == 1 else max(repeats // 4, 3))
+            alone = next(iter(taken.values()))
+            for name, ms in taken.items():
+                rows.append(Row(setting, name, ms / frames, ms / alone, ms / frames / floor))
+    return rows
 
 
 def main() -> None:
@@ -166,7 +209,20 @@ def main() -> None:
         print(f"| {torch.cuda.get_device_name()} | | | |")
         devices.append(torch.device("cuda"))
     for device in devices:
-        measure(device, arguments.repeats, arguments.batch, is_compiled=arguments.compile)
+        for what, number in count(device, MotionConfig())._asdict().items():
+            print(f"| {device.type}: multiply-accumulates, {what} | {number / 1e9:.1f} G | | |")
+        for precision in PRECISIONS:
+            for row in measure(
+                device,
+                MotionConfig(),
+                arguments.repeats,
+                arguments.batch,
+                precision=precision,
+                is_compiled=arguments.compile,
+            ):
+                ratios = f"{row.of_decoders:.2f} | {row.of_product:.2f}"
+                told = f"{device.type} {row.setting}: {row.name}"
+                print(f"| {told} | {row.ms:.1f} ms | {ratios} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -72,6 +73,11 @@ def drawn_head(dx: int, dy: int, turn: float) -> np.ndarray:
     return labels
 
 
+def drawn_maps() -> list[np.ndarray]:
+    """Label maps of A, T and T'."""
+    return [drawn_head(0, 0, 0.0), drawn_head(14, -6, 0.12), drawn_head(-20, 8, -0.15)]
+
+
 def read_labels(path: str) -> np.ndarray:
     """(512, 512) from a PNG; a colour picture or a wrong size is refused."""
     labels = cv2.imread(path, cv2.IMREAD_UNCHANGED)
@@ -96,7 +102,7 @@ def cells_of(maps: list[np.ndarray], stride: int, device: str, radius: int = 8) 
     return [to_cells(x, num_groups, stride) for x in groups]
 
 
-def measured(work: Callable[[], None], device: str, repeats: int) -> tuple[float, float]:
+def measured(work: Callable[[], object], device: str, repeats: int) -> tuple[float, float]:
     """Milliseconds of CPU or GPU (the best of ``repeats``) and peak MiB of a piece of work."""
     if device == "cuda":
         work()  # compiles and warms up
@@ -159,41 +165,106 @@ def training_step(
         leaf.grad = None
 
 
+class Row(NamedTuple):
+    """Of a table."""
+
+    stride: int
+    cells: int
+    backend: str
+    ms: float
+    """NaN: not run."""
+    peak_mib: float
+    off: float
+    """Largest difference of values or gradients to those of the first back-end that ran, as a share of that one's largest; NaN for
+    itself."""
+
+
+def outcome(leaves: list[Tensor], labels: list[Tensor], config: WarpConfig) -> list[Tensor]:
+    """Values and the gradients of their weighted sum with respect to features and colours."""
+    fa, ft, colours = leaves
+    a, t = labels
+    out = warp(fa.flatten(2), ft.flatten(2), colours, a.flatten(1), t.flatten(1), config).values
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
+
+
+def warp_rows(
+    strides: Sequence[int],
+    backends: Sequence[str],
+    device: str,
+    repeats: int,
+    maps: list[np.ndarray],
+) -> Iterator[Row]:
+    """One warp of each back-end at each stride, forward and backward."""
+    for stride in strides:
+        a, t, _ = cells_of(maps, stride, device)
+        n = a[0].numel()
+        fa, ft = features(a.shape[-1], device, 2)
+        leaves = [fa, ft, torch.rand(1, 3, n, device=device, requires_grad=True)]
+        first: list[Tensor] = []
+        for backend in backends:
+            if backend == "dense" and 4 * n * n > DENSE_LIMIT:
+                yield Row(stride, n, backend, np.nan, np.nan, np.nan)
+                continue
+            config = WarpConfig(backend=backend)  # type: ignore[arg-type]
+            ms, peak = measured(partial(one_warp, leaves, [a, t], config), device, repeats)
+            found = outcome(leaves, [a, t], config)
+            yield Row(stride, n, backend, ms, peak, difference(found, first))
+            first = first or found
+
+
+def difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """See :attr:`Row.off`."""
+    pairs = zip(found, expected, strict=False)
+    return max((float((x - y).abs().max() / y.abs().max()) for x, y in pairs), default=np.nan)
+
+
 def study_warp(arguments: argparse.Namespace, maps: list[np.ndarray]) -> None:
     """One warp of each back-end."""
-    print("| stride | cells | back-end | ms | peak MiB |\n|---|---|---|---|---|")
-    for stride in arguments.strides:
-        a, t, _ = cells_of(maps, stride, arguments.device)
-        n = a[0].numel()
-        fa, ft = features(a.shape[-1], arguments.device, 2)
-        colours = torch.rand(1, 3, n, device=arguments.device, requires_grad=True)
-        for backend in arguments.backends:
-            if backend == "dense" and 4 * n * n > DENSE_LIMIT:
-                print(f"| {stride} | {n} | {backend} | not run: {4 * n * n / 2**30:.0f} GiB a matrix | |")  # fmt: skip
+    print("| stride | cells | back-end | ms | peak MiB | off by |\n|---|---|---|---|---|---|")
+    asked = (arguments.strides, arguments.backends, arguments.device, arguments.repeats)
+    for row in warp_rows(*asked, maps):
+        head = f"| {row.stride} | {row.cells} | {row.backend} |"
+        if np.isnan(row.ms):
+            print(f"{head} not run: {4 * row.cells**2 / 2**30:.0f} GiB a matrix | | |")
+        else:
+            off = "" if np.isnan(row.off) else f"{row.off:.1e}"
+            print(f"{head} {row.ms:.1f} | {row.peak_mib:.0f} | {off} |", flush=True)
+
+
+def memory_rows(
+    strides: Sequence[int], backends: Sequence[str], device: str, repeats: int, maps: list[np.ndarray], memory: float,
+) -> Iterator[Row]:  # fmt: skip
+    """The correspondence of one training sample: A with T and with T', forth and back, and both cycle losses."""
+    for stride in strides:
+        cells = cells_of(maps, stride, device)
+        n = cells[0][0].numel()
+        leaves = features(cells[0].shape[-1], device, 3)
+        images = [torch.rand(1, 3, SIZE, SIZE, device=device) for _ in leaves]
+        wide = [c.repeat_interleave(stride, 1).repeat_interleave(stride, 2) for c in cells]
+        groups = list(zip(wide, cells, strict=True))
+        for backend in backends:
+            # the full correlation keeps eight matrices of this size at once
+            if backend == "dense" and 8 * 4 * n * n > memory * 2**30:
+                yield Row(stride, n, backend, np.nan, np.nan, np.nan)
                 continue
-            work = partial(one_warp, [fa, ft, colours], [a, t], WarpConfig(backend=backend))
-            ms, peak = measured(work, arguments.device, arguments.repeats)
-            print(f"| {stride} | {n} | {backend} | {ms:.0f} | {peak:.0f} |", flush=True)
+            config = WarpConfig(backend=backend)  # type: ignore[arg-type]
+            work = partial(training_step, leaves, images, groups, config)
+            yield Row(stride, n, backend, *measured(work, device, repeats), np.nan)
 
 
 def study_memory(arguments: argparse.Namespace, maps: list[np.ndarray]) -> None:
-    """The correspondence of one training sample: A with T and with T', forth and back, and both cycle losses."""
+    """What a training step keeps."""
     print("| stride | back-end | ms | peak MiB |\n|---|---|---|---|")
-    for stride in arguments.strides:
-        cells = cells_of(maps, stride, arguments.device)
-        n = cells[0][0].numel()
-        leaves = features(cells[0].shape[-1], arguments.device, 3)
-        images = [torch.rand(1, 3, SIZE, SIZE, device=arguments.device) for _ in leaves]
-        wide = [c.repeat_interleave(stride, 1).repeat_interleave(stride, 2) for c in cells]
-        for backend in arguments.backends:
-            # the full correlation keeps eight matrices of this size at once
-            if backend == "dense" and 8 * 4 * n * n > arguments.memory * 2**30:
-                print(f"| {stride} | {backend} | not run: 8 matrices of {4 * n * n / 2**30:.0f} GiB | |")  # fmt: skip
-                continue
-            config = WarpConfig(backend=backend)
-            work = partial(training_step, leaves, images, list(zip(wide, cells, strict=True)), config)  # fmt: skip
-            ms, peak = measured(work, arguments.device, arguments.repeats)
-            print(f"| {stride} | {backend} | {ms:.0f} | {peak:.0f} |", flush=True)
+    asked = (arguments.strides, arguments.backends, arguments.device, arguments.repeats)
+    for row in memory_rows(*asked, maps, arguments.memory):
+        if np.isnan(row.ms):
+            gib = 4 * row.cells**2 / 2**30
+            print(f"| {row.stride} | {row.backend} | not run: 8 matrices of {gib:.0f} GiB | |")
+        else:
+            print(
+                f"| {row.stride} | {row.backend} | {row.ms:.1f} | {row.peak_mib:.0f} |", flush=True
+            )
 
 
 def study_attention(arguments: argparse.Namespace, maps: list[np.ndarray]) -> None:
@@ -262,7 +333,7 @@ def main() -> None:
             a, t = map(read_labels, arguments.labels)
             maps = [a, t, t]
         else:
-            maps = [drawn_head(0, 0, 0.0), drawn_head(14, -6, 0.12), drawn_head(-20, 8, -0.15)]
+            maps = drawn_maps()
         head = np.mean(np.isin(maps[0], [*range(1, 14), 17, 18]))
         print(f"{arguments.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; head {100 * head:.0f} % of the window\n")  # fmt: skip
         studies = {"warp": study_warp, "memory": study_memory, "attention": study_attention}

@@ -22,9 +22,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,7 +37,7 @@ from models.frozen.landmarks import (
 )
 
 FACE = np.array([179.0, 83, 267, 171])
-"""Tight box of the astronaut's face in the portrait that scikit-image ships."""
+"""Where a face would be in a picture of noise: time does not depend on what is seen."""
 THEIRS = "face-alignment, its call"
 
 
@@ -62,18 +59,20 @@ class BenchmarkConfig:
     """Let face-alignment compile its network, as it does by default; wants a C++ compiler and some minutes."""
     random_weights: bool = False
     """Time 2DFAN-4 without its weights, where they cannot be had."""
+    others: bool = True
+    """Also face-alignment's own call, and dlib; without them only 2DFAN-4's network is needed of that package."""
 
 
 def frames(config: BenchmarkConfig) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The portrait at slightly different places of black frames, and the box (1, 4) in each."""
-    from skimage.data import astronaut
-
+    """One picture at slightly different places of black frames, and the box (1, 4) in each."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    picture = np.asarray(cv2.resize(noise, (512, 512)), np.uint8)
     scale = config.face_px / (FACE[2] - FACE[0])
     pictures, boxes = [], []
     for i in range(config.faces):
         shift = np.array([700.0 + 3 * i, 350.0 + 2 * i]) - scale * FACE[:2]
         matrix = np.column_stack([scale * np.eye(2), shift])
-        pictures.append(warp(astronaut(), matrix, (1920, 1080)))
+        pictures.append(warp(picture, matrix, (1920, 1080)))
         boxes.append(transform(matrix, FACE.reshape(2, 2)).reshape(1, 4))
     return pictures, boxes
 
@@ -120,10 +119,11 @@ def contenders(config: BenchmarkConfig, folder: Path) -> dict[str, Callable[...,
     """Name → a call with frames and their boxes."""
     state = folder / "fan.pth"
     if config.random_weights:
-        from face_alignment.models import FAN
+        if config.others:
+            from face_alignment.models import FAN
 
-        torch.manual_seed(0)
-        torch.save(FAN(4).state_dict(), state)
+            torch.manual_seed(0)
+            torch.save(FAN(4).state_dict(), state)
     else:
         state = weights.find("fan")
 
@@ -131,11 +131,23 @@ def contenders(config: BenchmarkConfig, folder: Path) -> dict[str, Callable[...,
         settings = FanConfig(flip=config.flip, precision=precision)  # type: ignore[arg-type]
         return FanLandmarker(settings, random_init=config.random_weights)
 
+    def one_by_one(images: list[np.ndarray], boxes: list[np.ndarray]) -> None:
+        for pair in zip(images, boxes, strict=True):
+            single.locate(*pair)
+
+    single = FanLandmarker(FanConfig(flip=config.flip), random_init=config.random_weights)
+    single.batch = 1
+    calls: dict[str, Callable[..., object]] = {
+        "fan fp32, one by one": one_by_one,
+        "fan fp32": ours("fp32").locate_many,
+        "fan bf16": ours("bf16").locate_many,
+    }
+    if not config.others:
+        return calls
     return {
         THEIRS: theirs(config, state, torch.float32),
         f"{THEIRS} in bf16": theirs(config, state, torch.bfloat16),
-        "fan fp32": ours("fp32").locate_many,
-        "fan bf16": ours("bf16").locate_many,
+        **calls,
         "dlib": load_landmarker("dlib").locate_many,
     }
 
@@ -162,6 +174,10 @@ def measure(config: BenchmarkConfig) -> dict[str, list[tuple[float, float]]]:
 
 def main() -> None:
     """Time everybody and print the table."""
+    import tyro
+    from rich.console import Console
+    from rich.table import Table
+
     config = tyro.cli(BenchmarkConfig, description=__doc__)
     medians = {name: np.median(turns, axis=0) for name, turns in measure(config).items()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()

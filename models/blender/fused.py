@@ -33,11 +33,11 @@ Span = tuple[int, int, int, int]
 class Launch(NamedTuple):
     """How the work of a kernel is cut. Powers of two, 16 at least."""
 
-    rows: int = 32
+    rows: int = 64
     """Rows of a program."""
-    others: int = 16
+    others: int = 32
     """Rows of the other side that it meets at once."""
-    channels: int = 32
+    channels: int = 16
     """Channels that are multiplied at once."""
     warps: int = 8
     """Of a program."""

@@ -78,7 +78,8 @@ class BlenderLearnerConfig:
     accumulate: int = 1
     """Micro-batches a step."""
     random_init: bool = False
-    """A trunk without its weights. For networks whose weights come from elsewhere, and tests of shape and speed."""
+    """Trunk and perceptual network without their weights. For networks whose weights come from elsewhere, and tests of shape and
+    speed."""
 
     def __post_init__(self) -> None:
         if min(self.lr, self.discriminator_lr, self.clip) <= 0:
@@ -154,7 +155,8 @@ class BlenderLearner:
         self._ema = Ema(bare(self._blender), config.ema)
         self._vgg: Vgg19Features | None = None
         if config.perceptual != "none":
-            self._vgg = Vgg19Features(layers, config.perceptual).to(device)
+            vgg = Vgg19Features(layers, config.perceptual, random_init=config.random_init)
+            self._vgg = vgg.to(device)
         self._trained = [p for p in self._blender.parameters() if p.requires_grad]
         self._optimizers = {
             "blender": Adam(self._trained, lr=config.lr, betas=(0.9, 0.999)),

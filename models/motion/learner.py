@@ -142,6 +142,8 @@ class MotionLearnerConfig:
     """Of convolutions; coordinates, flows and losses are always float32."""
     accumulate: int = 1
     """Micro-batches in a step."""
+    random_init: bool = False
+    """Features without their weights. For tests of shape and speed."""
 
     def __post_init__(self) -> None:
         if self.mask_prior and self.network.compose == "fomm":
@@ -206,7 +208,8 @@ class MotionLearner:
         self._features: Vgg19Features | None = None
         if config.features != "none":
             layers = PERCEPTUAL_LAYERS[config.features]
-            self._features = Vgg19Features(layers, config.features).to(device)
+            vgg = Vgg19Features(layers, config.features, random_init=config.random_init)
+            self._features = vgg.to(device)
 
     @property
     def networks(self) -> nn.ModuleDict:

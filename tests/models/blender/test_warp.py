@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,6 +270,47 @@ torch.testing.assert_close(*[peak_bytes(backend, 2000) for backend in ("fused", 
         text=True,
     )
     assert done.stdout.splitlines() == list(LABELS), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["_forward", "_backward_queries", "_backward_keys"])
+def test_fused_compiles_for_an_h100_without_one(kernel, tmp_path, monkeypatch):
+    """Down to machine code by the compiler and the assembler that Triton brings: it fits into shared memory and registers."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from models.blender import fused
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    shapes = fused._shapes(256, 3, fused.LAUNCH)
+    warps, stages = shapes.pop("num_warps"), shapes.pop("num_stages")
+    function = getattr(fused, kernel)
+    kinds = {"tiles": "*i32", "scale": "fp32", "channels": "i32", "width": "i32"}
+    signature = {
+        n: "constexpr" if n in shapes else kinds.get(n, "*fp32") for n in function.arg_names
+    }
+    constants = {(function.arg_names.index(name),): value for name, value in shapes.items()}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if signature[n][0] == "*"
+    }
+    compiled = triton.compile(
+        ASTSource(function, signature, constexprs=constants, attrs=aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared < 99 * 1024  # of cards that have less than an H100, too
+    assert "tf32" not in compiled.asm["ptx"]
+    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
+    told = subprocess.run(
+        [assembler, "-v", "--gpu-name=sm_90a", tmp_path / "kernel.ptx", "-o", "/dev/null"],
+        capture_output=True, text=True,
+    ).stderr  # fmt: skip
+    spilled = re.search(r"(\d+) bytes spill stores", told)
+    assert spilled is not None, told
+    assert int(spilled[1]) <= 64
 
 
 @pytest.mark.gpu
