@@ -92,8 +92,8 @@ class SwapConfig:
     """Tells whether the target's face is still the same person after a cut."""
     parser: ParserName = "geometric"
     """Labels the parts of heads: geometric needs no weights and is coarse, bisenet wants a GPU."""
-    smooth_sigma: float = 2.0
-    """Of the Gaussian that steadies the window's place, size and angle, frames; 0: none."""
+    stiffness: float = smoothing.STIFFNESS
+    """Of the window's path, sides of the window: more of it trembles less and follows a head that sways less; 0: as detected."""
     batch: int = 4
     """Frames worked on at once."""
     precision: Precision = "fp32"
@@ -110,9 +110,9 @@ class SwapConfig:
     """Ray workers that share parts and videos; 0: this process makes all. A worker takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        if self.smooth_sigma < 0 or self.batch < 1 or not 0 <= self.crf <= 51 or self.workers < 0:
+        if self.stiffness < 0 or self.batch < 1 or not 0 <= self.crf <= 51 or self.workers < 0:
             raise ValueError(
-                f"smooth_sigma {self.smooth_sigma} must be >= 0, batch {self.batch} >= 1, crf {self.crf} in 0..51, "
+                f"stiffness {self.stiffness} must be >= 0, batch {self.batch} >= 1, crf {self.crf} in 0..51, "
                 f"workers {self.workers} >= 0"
             )
         if self.source_frames < 1 or self.source_face < sources.LARGEST:
@@ -318,7 +318,7 @@ def make_plan(
         )
     n = followed.decoded
     damage = followed.causes[n] if n < len(followed.causes) else ""
-    matrices, landmarks = steady(followed, size, config.smooth_sigma)
+    matrices, landmarks = steady(followed, size, config.stiffness)
     return Plan(
         info=probe(path),
         times=followed.times[:n],
@@ -329,7 +329,7 @@ def make_plan(
     )
 
 
-def steady(followed: Followed, size: int, sigma: float) -> tuple[Floats, Floats]:
+def steady(followed: Followed, size: int, stiffness: float) -> tuple[Floats, Floats]:
     """Windows (n, 2, 3) and landmarks (n, 68, 2) of all frames, smoothed over time within shots; NaN where the face is lost."""
     found = np.flatnonzero([cause == FOUND for cause in followed.causes])
     points = followed.landmarks[found].astype(np.float64)
@@ -337,8 +337,8 @@ def steady(followed: Followed, size: int, sigma: float) -> tuple[Floats, Floats]
     raw = np.stack([heser_window(each, size) for each in points])
     matrices = np.full((len(followed.causes), 2, 3), np.nan)
     landmarks = np.full((len(followed.causes), 68, 2), np.nan)
-    matrices[found] = smoothing.steady_windows(raw, indices, size, sigma)
-    landmarks[found] = smoothing.smooth(points, indices) if sigma else points
+    matrices[found] = smoothing.steady_windows(raw, indices, size, stiffness)
+    landmarks[found] = smoothing.smooth(points, indices) if stiffness else points
     return matrices, landmarks
 
 
