@@ -1,7 +1,7 @@
 """Pictures of a person + a video → the video with that person's head (HeSer, Shu et al. 2022; its inference, end to end).
 
 Two passes over the target. The first follows one face and keeps half a kilobyte a frame; from it windows are smoothed over
-time. The second decodes again, repaints (:mod:`pipelines.repaint`) and encodes, in parts of ``PART`` frames. A part depends on
+time. The second decodes again, repaints (:mod:`pipelines.repaint`) and encodes, in parts of some seconds. A part depends on
 the plan and on one frame to each side of it, and parts are joined without encoding again: so it is all the same whether one
 process makes them one after the other or a cluster makes them side by side, and memory does not grow with the video.
 
@@ -55,8 +55,6 @@ from pipelines.video import (
 if TYPE_CHECKING:
     from models.bundle import nn
 
-PART = 250
-"""Frames of a part: ten seconds, x264's own distance of key frames."""
 JUMP = 0.5
 """Neighbouring frames whose faces overlap less are two shots: nothing is smoothed across."""
 GRID_ROWS, STRIP_SECONDS, STRIP_HEIGHT = 6, 3.0, 256
@@ -106,6 +104,8 @@ class SwapConfig:
     """Say in the file that it is synthetic and which bundles made it. OUTPUT.json says so always."""
     preview: bool = False
     """Also make OUTPUT.preview.png and OUTPUT.preview.mp4: source, target, aligned and swapped side by side."""
+    part_frames: int = 250
+    """Frames of a part, the least that a worker takes; the default is x264's own distance of key frames."""
     workers: int = 0
     """Ray workers that share parts and videos; 0: this process makes all. A worker takes a GPU where there is one."""
 
@@ -115,9 +115,10 @@ class SwapConfig:
                 f"stiffness {self.stiffness} must be >= 0, batch {self.batch} >= 1, crf {self.crf} in 0..51, "
                 f"workers {self.workers} >= 0"
             )
-        if self.source_frames < 1 or self.source_face < sources.LARGEST:
+        if self.source_frames < 1 or self.source_face < sources.LARGEST or self.part_frames < 1:
             raise ValueError(
-                f"source_frames {self.source_frames} must be >= 1, source_face {self.source_face} >= -1"
+                f"source_frames {self.source_frames} must be >= 1, source_face {self.source_face} >= -1, "
+                f"part_frames {self.part_frames} >= 1"
             )
         if not self.target:
             raise ValueError("target: name at least one video")
@@ -154,10 +155,10 @@ class Plan:
     damage: str = ""
     """Why the video ends early, or empty."""
 
-    def parts(self) -> list[range]:
-        """The frames of each part."""
+    def parts(self, length: int) -> list[range]:
+        """The frames of each part of ``length`` frames; the last may be shorter."""
         n = len(self.times)
-        return [range(first, min(first + PART, n)) for first in range(0, n, PART)]
+        return [range(first, min(first + length, n)) for first in range(0, n, length)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -611,7 +612,7 @@ def swap_video(
         seconds = {"follow": time.perf_counter() - began}
         strips: dict[int, bytes] = {}
         files = []
-        for number, frames in enumerate(plan.parts()):
+        for number, frames in enumerate(plan.parts(config.part_frames)):
             files.append(Path(folder, f"{number:06d}{Path(output).suffix}"))
             part = render_part(config, loaded, plan, path, frames, files[-1], say)
             strips |= part.strips

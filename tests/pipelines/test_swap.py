@@ -22,7 +22,6 @@ from pipelines.geometry import heser_window
 from pipelines.output import ConfigError, NothingUsableError
 from pipelines.sources import read_sources
 from pipelines.swap import (
-    PART,
     Loaded,
     Plan,
     SwapConfig,
@@ -228,8 +227,9 @@ def test_ray_workers_make_the_same_bytes(
     other = clips.encode(tmp_path / "other.mp4", moving_face(6), fps=25)
     blank = clips.encode(tmp_path / "blank.mp4", [np.full((120, 160, 3), 90, np.uint8)] * 3)
     config = settings(
-        bundles, portrait, clip, other, blank, output=tmp_path / "alone", preview=True
-    )
+        bundles, portrait, clip, other, blank,
+        output=tmp_path / "alone", preview=True, part_frames=6,
+    )  # fmt: skip
     told: list[str] = []
     alone = swap(config, told.append)
     assert [each.frames for each in alone] == [FRAMES, 6]
@@ -237,9 +237,10 @@ def test_ray_workers_make_the_same_bytes(
     code, text = run_job(
         "swap", f"--aligner={bundles[0]}", f"--blender={bundles[1]}", "--source", portrait,
         "--target", str(clip), str(other), str(blank), f"--output={tmp_path / 'ray'}",
-        "--preview", "--workers=2", folder=tmp_path, timeout=550,
+        "--preview", "--workers=2", "--part-frames=6", folder=tmp_path, timeout=550,
     )  # fmt: skip
     assert code == 0, text
+    assert "3 of 3 parts" in text
     assert "blank.mp4: no usable face" in text
     for each in alone:
         name = Path(each.output).name
@@ -432,10 +433,9 @@ def probe_like(frames: int) -> VideoInfo:
 
 
 def test_parts_cover_all_frames_once() -> None:
-    plan = plan_of([FOUND] * (2 * PART + 7))
-    parts = plan.parts()
-    assert [len(part) for part in parts] == [PART, PART, 7]
-    assert [index for part in parts for index in part] == list(range(2 * PART + 7))
+    parts = plan_of([FOUND] * 507).parts(250)
+    assert [len(part) for part in parts] == [250, 250, 7]
+    assert [index for part in parts for index in part] == list(range(507))
 
 
 def test_the_preview_shows_frames_with_a_face() -> None:
@@ -577,7 +577,14 @@ def test_outputs_that_cannot_be(change: dict[str, Any], told: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"batch": 0}, {"crf": 60}, {"stiffness": -1}, {"target": ()}, {"source_frames": 0}],
+    [
+        {"batch": 0},
+        {"crf": 60},
+        {"stiffness": -1},
+        {"target": ()},
+        {"source_frames": 0},
+        {"part_frames": 0},
+    ],
 )
 def test_settings_that_cannot_be(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"at least|must be"):
