@@ -49,7 +49,7 @@ def job() -> None:
     say("  " + " ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
     version = runtime.code_version()
     if config.workers:
-        runtime.connect(config.workers)
+        runtime.connect(config.workers + 1)  # one for what splits rows
         made = swap_cluster.swap(config, say)
     else:
         made = swap(config, say)

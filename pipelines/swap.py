@@ -1,7 +1,7 @@
 """Pictures of a person + a video → the video with that person's head (HeSer, Shu et al. 2022; its inference, end to end).
 
 Two passes over the target. The first follows one face and keeps half a kilobyte a frame; from it windows are smoothed over
-time. The second decodes again, repaints (:mod:`pipelines.repaint`) and encodes, in parts of ``PART`` frames. A part depends on
+time. The second decodes again, repaints (:mod:`pipelines.repaint`) and encodes, in parts of some seconds. A part depends on
 the plan and on one frame to each side of it, and parts are joined without encoding again: so it is all the same whether one
 process makes them one after the other or a cluster makes them side by side, and memory does not grow with the video.
 
@@ -55,8 +55,6 @@ from pipelines.video import (
 if TYPE_CHECKING:
     from models.bundle import nn
 
-PART = 250
-"""Frames of a part: ten seconds, x264's own distance of key frames."""
 JUMP = 0.5
 """Neighbouring frames whose faces overlap less are two shots: nothing is smoothed across."""
 GRID_ROWS, STRIP_SECONDS, STRIP_HEIGHT = 6, 3.0, 256
@@ -92,8 +90,8 @@ class SwapConfig:
     """Tells whether the target's face is still the same person after a cut."""
     parser: ParserName = "geometric"
     """Labels the parts of heads: geometric needs no weights and is coarse, bisenet wants a GPU."""
-    smooth_sigma: float = 2.0
-    """Of the Gaussian that steadies the window's place, size and angle, frames; 0: none."""
+    stiffness: float = smoothing.STIFFNESS
+    """Of the window's path, sides of the window: more of it trembles less and follows a head that sways less; 0: as detected."""
     batch: int = 4
     """Frames worked on at once."""
     precision: Precision = "fp32"
@@ -106,18 +104,21 @@ class SwapConfig:
     """Say in the file that it is synthetic and which bundles made it. OUTPUT.json says so always."""
     preview: bool = False
     """Also make OUTPUT.preview.png and OUTPUT.preview.mp4: source, target, aligned and swapped side by side."""
+    part_frames: int = 250
+    """Frames of a part, the least that a worker takes; the default is x264's own distance of key frames."""
     workers: int = 0
     """Ray workers that share parts and videos; 0: this process makes all. A worker takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        if self.smooth_sigma < 0 or self.batch < 1 or not 0 <= self.crf <= 51 or self.workers < 0:
+        if self.stiffness < 0 or self.batch < 1 or not 0 <= self.crf <= 51 or self.workers < 0:
             raise ValueError(
-                f"smooth_sigma {self.smooth_sigma} must be >= 0, batch {self.batch} >= 1, crf {self.crf} in 0..51, "
+                f"stiffness {self.stiffness} must be >= 0, batch {self.batch} >= 1, crf {self.crf} in 0..51, "
                 f"workers {self.workers} >= 0"
             )
-        if self.source_frames < 1 or self.source_face < sources.LARGEST:
+        if self.source_frames < 1 or self.source_face < sources.LARGEST or self.part_frames < 1:
             raise ValueError(
-                f"source_frames {self.source_frames} must be >= 1, source_face {self.source_face} >= -1"
+                f"source_frames {self.source_frames} must be >= 1, source_face {self.source_face} >= -1, "
+                f"part_frames {self.part_frames} >= 1"
             )
         if not self.target:
             raise ValueError("target: name at least one video")
@@ -154,10 +155,10 @@ class Plan:
     damage: str = ""
     """Why the video ends early, or empty."""
 
-    def parts(self) -> list[range]:
-        """The frames of each part."""
+    def parts(self, length: int) -> list[range]:
+        """The frames of each part of ``length`` frames; the last may be shorter."""
         n = len(self.times)
-        return [range(first, min(first + PART, n)) for first in range(0, n, PART)]
+        return [range(first, min(first + length, n)) for first in range(0, n, length)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +319,7 @@ def make_plan(
         )
     n = followed.decoded
     damage = followed.causes[n] if n < len(followed.causes) else ""
-    matrices, landmarks = steady(followed, size, config.smooth_sigma)
+    matrices, landmarks = steady(followed, size, config.stiffness)
     return Plan(
         info=probe(path),
         times=followed.times[:n],
@@ -329,7 +330,7 @@ def make_plan(
     )
 
 
-def steady(followed: Followed, size: int, sigma: float) -> tuple[Floats, Floats]:
+def steady(followed: Followed, size: int, stiffness: float) -> tuple[Floats, Floats]:
     """Windows (n, 2, 3) and landmarks (n, 68, 2) of all frames, smoothed over time within shots; NaN where the face is lost."""
     found = np.flatnonzero([cause == FOUND for cause in followed.causes])
     points = followed.landmarks[found].astype(np.float64)
@@ -337,8 +338,8 @@ def steady(followed: Followed, size: int, sigma: float) -> tuple[Floats, Floats]
     raw = np.stack([heser_window(each, size) for each in points])
     matrices = np.full((len(followed.causes), 2, 3), np.nan)
     landmarks = np.full((len(followed.causes), 68, 2), np.nan)
-    matrices[found] = smoothing.steady_windows(raw, indices, size, sigma)
-    landmarks[found] = smoothing.smooth(points, indices) if sigma else points
+    matrices[found] = smoothing.steady_windows(raw, indices, size, stiffness)
+    landmarks[found] = smoothing.smooth(points, indices) if stiffness else points
     return matrices, landmarks
 
 
@@ -611,7 +612,7 @@ def swap_video(
         seconds = {"follow": time.perf_counter() - began}
         strips: dict[int, bytes] = {}
         files = []
-        for number, frames in enumerate(plan.parts()):
+        for number, frames in enumerate(plan.parts(config.part_frames)):
             files.append(Path(folder, f"{number:06d}{Path(output).suffix}"))
             part = render_part(config, loaded, plan, path, frames, files[-1], say)
             strips |= part.strips

@@ -10,6 +10,8 @@ a 1080-line video is a gigabyte of pictures before it is encoded. The driver joi
 from __future__ import annotations
 
 import json
+import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -100,7 +102,7 @@ class Planner:
             }  # fmt: skip
             return
         write_plan(plan, storage.join(work_of(output), PLAN))
-        parts = plan.parts()
+        parts = plan.parts(self.config.part_frames)
         follow = time.perf_counter() - began
         for frames in parts:
             share = follow / len(parts)
@@ -115,12 +117,13 @@ class Renderer:
     def __init__(self, config: SwapConfig) -> None:
         cv2.setNumThreads(1)
         self.config = config
+        self.worker = f"{platform.node()}:{os.getpid()}"
         self.loaded: Loaded = load(config)
 
     def __call__(self, row: Row) -> Row:
         """A part → the same row with where its file is, and what each step took."""
         if row["error"]:
-            return row | {"part": "", "seconds": "{}"}
+            return row | {"part": "", "seconds": "{}", "worker": self.worker}
         output, first = row["output"], int(row["first"])
         work = work_of(output)
         plan = read_plan(storage.join(work, PLAN))
@@ -136,7 +139,7 @@ class Renderer:
         for index, content in part.strips.items():
             storage.write_atomic(storage.join(work, f"{index:09d}.jpg"), content)
         seconds = part.seconds | {"follow": row["follow"]}
-        return row | {"part": name, "seconds": json.dumps(seconds)}
+        return row | {"part": name, "seconds": json.dumps(seconds), "worker": self.worker}
 
 
 def swap(config: SwapConfig, say: Callable[[str], None] = lambda _: None) -> list[Made]:
@@ -185,7 +188,7 @@ def swap(config: SwapConfig, say: Callable[[str], None] = lambda _: None) -> lis
             continue
         rendered = waiting.setdefault(row["output"], [])
         rendered.append(row)
-        say(f"{row['output']}: {len(rendered)} of {row['parts']} parts")
+        say(f"{row['output']}: {len(rendered)} of {row['parts']} parts, by {row['worker']}")
         if len(rendered) == row["parts"]:
             made.append(gather(config, loaded, waiting.pop(row["output"]), began))
     if not made:

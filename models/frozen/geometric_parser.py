@@ -34,6 +34,9 @@ FOREHEAD_SURE = 0.75
 BROW_WIDTH = 0.16
 CAP_CENTRE, CAP, CAP_SURE = -0.1, (1.15, 1.45), (1.15, 1.35)
 """Ellipse of the hair of a head of short hair: centre, radii; and of the part that is taken as sure."""
+BACK = 2.0
+"""How much further back the hair of a turned head reaches, in what its middle lies aside: a head is longer than it is wide, and
+the ear hides no hair. With 0, 1.2, 2 and 2.5 the hair of turned heads agrees to 0.25, 0.50, 0.60 and 0.62 with a network's."""
 HEAD = (1.7, 2.2)
 """Radii of the ellipse that no short hair leaves."""
 LONG_HAIR = 1.9
@@ -115,7 +118,9 @@ class Face:
         angles = np.linspace(0, np.pi, 13)[1:-1]
         centre = (self.points[0] + self.points[16]) / 2
         half = (self.points[16] - self.points[0]) / 2
-        up = -forehead * self.unit * self.down
+        # above the eyes, not above the jaw's ends: of a turned head one of these is an ear, with hair over it
+        lean = float((self.eyes - centre) @ self.across) * self.across
+        up = lean - forehead * self.unit * self.down
         arch = centre + np.outer(np.cos(angles), half) + np.outer(np.sin(angles), up)
         return self.polygon(np.concatenate([self.points[:17], arch]))
 
@@ -197,12 +202,13 @@ def find_hair(face: Face, picture: Image, colours: Floats, skin: Mask, inside: M
     """
     across, down = face.axes()
     outline = face.outline(FOREHEAD)
-    head = face.ellipse(0.0, 0.0, HEAD)
-    cap = face.ellipse(0.0, CAP_CENTRE, CAP) & (down < -0.1)
+    back = BACK * face.middle
+    head = face.ellipse(back / 2, 0.0, (HEAD[0] + abs(back) / 2, HEAD[1]))
+    cap = face.ellipse(back, CAP_CENTRE, CAP) | face.ellipse(0.0, CAP_CENTRE, CAP)
+    cap &= down < -0.1
     beside = (np.abs(across) < LONG_HAIR) & (down > -0.3) & (down < face.chin + 1)
-    sure = (
-        face.ellipse(0.0, CAP_CENTRE, CAP_SURE) & ~face.outline(1.1) & ~skin & (down < 0) & inside
-    )
+    sure = face.ellipse(back, CAP_CENTRE, CAP_SURE) & ~face.outline(1.1) & ~skin
+    sure &= (down < 0) & inside
     seeds = np.full(skin.shape, cv2.GC_BGD, dtype=np.uint8)
     seeds[head | beside] = cv2.GC_PR_BGD
     seeds[cap & ~(outline & skin)] = cv2.GC_PR_FGD

@@ -6,16 +6,22 @@ import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter1d
+from scipy.optimize import lsq_linear
 
 from models.frozen.detector import load_detector
 from models.frozen.landmarks import load_landmarker
 from pipelines.flow import FaceFlow
 from pipelines.smoothing import (
+    SMALL_BEND,
+    STIFFNESS,
+    bend,
     blinks_kept,
     eye_distance,
     eye_opening,
     find_blinks,
     fit_paths,
+    follow_trend,
     fuse,
     jitter,
     jumps,
@@ -23,6 +29,9 @@ from pipelines.smoothing import (
     runs,
     smooth,
     steady_boxes,
+    steady_windows,
+    window_parameters,
+    windows_from,
 )
 from tests.material import SHARED, needs_shared
 from tests.pipelines.test_geometry import box_of, face
@@ -254,3 +263,73 @@ def test_a_real_still_face_trembles_a_third_as_much(clip: str) -> None:
         flow.add(index, pictures[index], steady[index], located[index])
     fused = smooth(fuse(located, flow.along(range(20)), range(20)), range(20))
     assert jitter(fused, range(20)) < 0.8 * jitter(smoothed, range(20))
+
+
+# ------------------------------------------------------------------------------------------------ windows
+
+
+def swaying(count: int = 200) -> Floats:
+    """Windows (count, 4) of a head that walks, sways by 7 % of the window's side twice a second, stops and nods."""
+    t = np.arange(count)
+    sway = 12 * np.sin(2 * np.pi * t / 14) * (t > 120) + 6 * np.sin(t / 17)
+    x, y = 230 + 0.3 * np.minimum(t, 90) + sway, 80 + 8 * np.sin(t / 9) * (t > 60)
+    return np.column_stack([x, y, 5.1 + 0.1 * np.sin(t / 40), 0.2 * np.sin(t / 23)])
+
+
+def strayed(found: Floats, true: Floats) -> Floats:
+    """(n,) how far the windows' centres are from where they should be, in sides of the window."""
+    return np.asarray(np.hypot(*(found - true)[:, :2].T) / np.exp(true[:, 2]))
+
+
+def test_a_trend_is_the_minimum_that_another_solver_finds() -> None:
+    rng = np.random.default_rng(0)
+    for count, stiffness, small in ((3, 1.0, 0.1), (40, 5.0, 0.05), (80, 0.5, 0.01)):
+        path = np.cumsum(rng.normal(0, 1, count)) + rng.normal(0, 0.3, count)
+        bends = np.diff(np.eye(count), n=2, axis=0)
+        # the dual problem: forces in +-stiffness that pull the path straight
+        dual = np.vstack([bends.T, np.sqrt(small / stiffness) * np.eye(count - 2)])
+        wanted = np.concatenate([path, np.zeros(count - 2)])
+        force = lsq_linear(dual, wanted, (-stiffness, stiffness), method="bvls", tol=1e-14).x
+        found = follow_trend(path, stiffness, small)
+        assert np.abs(found - (path - bends.T @ force)).max() < 0.02 * stiffness
+        assert np.abs(found - path).max() <= 4.1 * stiffness
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 50])
+def test_an_even_motion_has_itself_as_trend(count: int) -> None:
+    path = 3.0 + 2.5 * np.arange(count)
+    assert np.allclose(follow_trend(path, 10.0, 0.01), path, atol=1e-9)
+
+
+def test_steady_windows_follow_a_head_that_sways() -> None:
+    """Against a known truth, with the noise measured on rendered clips (docs/log.md): 0.05 % of the side, 0.2 % of its length."""
+    true = swaying()
+    noise = np.random.default_rng(0).normal(0, 1, true.shape)
+    raw = true + noise * np.array([0.08, 0.12, 0.002, 0.0012])
+    indices = range(len(raw))
+    found = window_parameters(steady_windows(windows_from(raw, 256), indices, 256), 256)
+    fall, error = bend(raw, indices) / bend(found, indices), strayed(found, true)
+    assert (fall > 2).all()  # what is left is motion
+    assert error.max() < 0.03
+    # a Gaussian that bends x as little strays further
+    for sigma in np.arange(1, 6, 0.1):
+        blurred = gaussian_filter1d(raw, sigma, axis=0, mode="nearest")
+        if bend(raw, indices)[0] / bend(blurred, indices)[0] > fall[0]:
+            break
+    wider = strayed(blurred, true)[20:-20]
+    assert np.square(error).mean() < 0.7 * np.square(wider).mean()
+    assert error.max() < 0.9 * wider.max()
+
+
+def test_still_windows_lose_their_tremble() -> None:
+    rng = np.random.default_rng(1)
+    true = np.tile([300.0, 200.0, 6.0, 0.0], (120, 1))
+    side = np.exp(6.0)
+    raw = true + rng.normal(0, 1, true.shape) * np.array([0.001 * side, 0.001 * side, 0.002, 0.002])
+    found = window_parameters(steady_windows(windows_from(raw, 256), range(120), 256), 256)
+    assert (bend(raw, range(120)) / bend(found, range(120)) > 20).all()
+    assert strayed(found, true).max() < strayed(raw, true).max() / 2
+    assert STIFFNESS > SMALL_BEND
+    assert np.allclose(
+        steady_windows(windows_from(raw, 256), range(120), 256, 0), windows_from(raw, 256)
+    )
