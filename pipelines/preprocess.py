@@ -193,6 +193,38 @@ def on_one_machine(config: PreprocessConfig, cores: int) -> PreprocessConfig:
     return replace(config, **sized)
 
 
+def on_fixed_cluster(config: PreprocessConfig, cpus: float) -> PreprocessConfig:
+    """Pools for a cluster that cannot grow: one actor each, then every CPU to the stage that is the bottleneck.
+
+    They are there from the beginning, but may go: when a node is lost, the CPUs of those with nothing to do are what the others
+    are started on again. Pools that the user sized stay as they are, and so do those on GPUs.
+
+    Args:
+        config: of the run.
+        cpus: logical CPUs of all nodes on which stages without a GPU may run.
+    """
+    actors = {name: max(getattr(config, name).resources.min_actors, 1) for name in SHARES}
+    free = cpus - config.minimum_cpus + 1  # tasks run before and after the pools, not beside them
+
+    def grows(name: str) -> bool:
+        pool = getattr(config, name).resources
+        own = pool.min_actors or pool.first_actors or pool.num_gpus
+        return bool(SHARES[name]) and not own and actors[name] < pool.max_actors
+
+    while growing := [name for name in SHARES if grows(name)]:
+        bottleneck = max(growing, key=lambda name: SHARES[name] / actors[name])
+        free -= getattr(config, bottleneck).resources.num_cpus
+        if free < 0:
+            break
+        actors[bottleneck] += 1
+    sized = {}
+    for name, count in actors.items():
+        stage = getattr(config, name)
+        first = stage.resources.first_actors or count
+        sized[name] = replace(stage, resources=replace(stage.resources, first_actors=first))
+    return replace(config, **sized)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What a run made, for the summary, the report and MLflow."""

@@ -384,6 +384,9 @@ class StageResources:
     min_actors: int = 0
     """Actors that are always there. 0: one in a cluster; on a machine of the job's own as many as the stage's share of the work
     makes of its cores."""
+    first_actors: int = 0
+    """Actors that are there from the beginning, and may go when they have nothing to do. 0: in a cluster that cannot grow as many
+    as the stage's share of the work makes of its CPUs, elsewhere min_actors."""
     max_actors: int = 64
     """Actors the pool may grow to while the stage is the bottleneck."""
 
@@ -391,6 +394,10 @@ class StageResources:
         if not 0 <= self.min_actors <= self.max_actors or self.max_actors < 1:
             raise ValueError(
                 f"actors: 0 <= min_actors <= max_actors, 1 <= max_actors, got {self.min_actors} and {self.max_actors}"
+            )
+        if self.first_actors and not self.min_actors <= self.first_actors <= self.max_actors:
+            raise ValueError(
+                f"actors: min_actors <= first_actors <= max_actors, got {self.min_actors}, {self.first_actors}, {self.max_actors}"
             )
 
 
@@ -460,6 +467,7 @@ def add_actors(
         fn_constructor_kwargs=arguments,
         compute=ray.data.ActorPoolStrategy(
             min_size=max(resources.min_actors, 1),
+            initial_size=max(resources.first_actors, resources.min_actors, 1),
             max_size=resources.max_actors,
             max_tasks_in_flight_per_actor=VIDEOS_IN_FLIGHT,
         ),
