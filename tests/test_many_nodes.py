@@ -147,7 +147,7 @@ def flags(dataset: Path, output: Path | str, num_workers: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def calm(
+def calm_training(
     people: Path, smoke_training: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, int], Path]:
     """Output of a training by so many workers that nobody disturbed."""
@@ -196,9 +196,9 @@ def last_losses(output: Path) -> dict[str, float]:
     ],
 )
 def test_training_that_loses_a_node_ends_with_the_same_numbers(
-    job: str, num_nodes: int, head: Head, people: Path, calm: Callable[[str, int], Path], tmp_path: Path
+    job: str, num_nodes: int, head: Head, people: Path, calm_training: Callable[[str, int], Path], tmp_path: Path
 ) -> None:  # fmt: skip
-    undisturbed = calm(job, num_nodes - 1)
+    undisturbed = calm_training(job, num_nodes - 1)
     head.come_to(num_nodes, NODE_CPUS)
     output, name, lost = tmp_path / "out", f"{job}-{num_nodes}", []
 
@@ -226,9 +226,9 @@ def kill_supervisor(head: Head) -> None:
 
 @soak
 def test_training_whose_supervisor_is_lost_goes_on_when_submitted_again(
-    head: Head, people: Path, calm: Callable[[str, int], Path], tmp_path: Path
+    head: Head, people: Path, calm_training: Callable[[str, int], Path], tmp_path: Path
 ) -> None:
-    undisturbed = calm("train_aligner", 1)
+    undisturbed = calm_training("train_aligner", 1)
     head.come_to(2, NODE_CPUS)
     output = tmp_path / "out"
     with Saboteur(lambda: seen(output), lambda: kill_supervisor(head)) as saboteur:
