@@ -30,7 +30,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(900)]
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 ACCOUNT = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-NODE_CPUS = 8
+NODE_CPUS = 6
+"""The plan wants 5.25; the node that is left must hold it."""
 SAMPLES = 40
 """Of the presets ``smoke``."""
 NOTICED_SOON = {"RAY_health_check_period_ms": "1000"}
@@ -142,7 +143,7 @@ def flags(dataset: Path, output: Path | str, num_workers: int) -> list[str]:
     """Of a training on nodes that have room for one worker each."""
     return [
         "smoke", f"--dataset={dataset}", f"--output={output}", "--training.checkpoint-every=10",
-        f"--cluster.num-workers={num_workers}", f"--cluster.cpus-per-worker={NODE_CPUS - 2}",
+        f"--cluster.num-workers={num_workers}", f"--cluster.cpus-per-worker={NODE_CPUS}",
     ]  # fmt: skip
 
 
