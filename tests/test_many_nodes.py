@@ -26,7 +26,7 @@ from tests.runs import ONE_THREAD, fingerprint, run_job
 from tests.servers import BUCKET, TrackingServer, client, tracking_server
 from tests.small_list import arguments
 
-pytestmark = [pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(1500)]
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 ACCOUNT = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
@@ -124,7 +124,7 @@ def test_preprocessing_that_loses_a_node_publishes_the_same_bytes(
     commits = storage.join(str(output), "work", "parts")
     harm = lambda: lose_busiest(head, num_nodes)  # noqa: E731
     with Saboteur(lambda: storage.names_below(commits), harm) as saboteur:
-        done = submit(head, name, *arguments(corpus, url, output))
+        done = submit(head, name, *arguments(corpus, url, output), timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert driver_exit_code(head, name) == 0
     assert saboteur.done
@@ -208,7 +208,7 @@ def test_training_that_loses_a_node_ends_with_the_same_numbers(
         lost.append(seen(output))
 
     with Saboteur(lambda: seen(output), harm) as saboteur:
-        done = submit(head, name, *flags(people, output, num_nodes - 1), job=job)
+        done = submit(head, name, *flags(people, output, num_nodes - 1), job=job, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert driver_exit_code(head, name) == 0
     assert saboteur.done
@@ -233,12 +233,12 @@ def test_training_whose_supervisor_is_lost_goes_on_when_submitted_again(
     head.come_to(2, NODE_CPUS)
     output = tmp_path / "out"
     with Saboteur(lambda: seen(output), lambda: kill_supervisor(head)) as saboteur:
-        first = submit(head, "first", *flags(people, output, 1), job="train_aligner")
+        first = submit(head, "first", *flags(people, output, 1), job="train_aligner", timeout=600)
     assert saboteur.done
     assert first.returncode == 1
     before = seen(output)
     assert 0 < before < SAMPLES
-    second = submit(head, "second", *flags(people, output, 1), job="train_aligner")
+    second = submit(head, "second", *flags(people, output, 1), job="train_aligner", timeout=600)
     assert second.returncode == 0, second.stdout + second.stderr
     assert f"going on from {before} samples" in second.stdout
     assert_same(undisturbed, output)
