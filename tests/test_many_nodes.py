@@ -215,7 +215,11 @@ def test_training_that_loses_a_node_ends_with_the_same_numbers(
     assert 0 < lost[0] < SAMPLES
     assert_same(undisturbed, output)
     assert last_losses(output) == last_losses(undisturbed)
-    losses = {name: value for name, value in last_losses(output).items() if "loss/" in name}
+    losses = ", ".join(
+        f"{name.removeprefix('loss/')} {value:.9g}"
+        for name, value in last_losses(output).items()
+        if name.startswith("loss/")
+    )
     report(name, done.stdout, f"lost a node at {lost[0]} of {SAMPLES} samples; {losses}")
 
 
