@@ -109,11 +109,14 @@ def check_versions(needs: Needs) -> tuple[bool, str]:
 
 def check_weights(needs: Needs) -> tuple[bool, str]:
     """Found, or downloaded into this node's cache, and what they should be."""
+    missing = []
     for name in needs.weights:
         try:
             weights.find(name)
         except weights.WeightsError as error:
-            return False, str(error)
+            missing.append(str(error))
+    if missing:
+        return False, "; ".join(missing)
     return True, f"{len(needs.weights)} files, hashes right"
 
 
@@ -287,7 +290,7 @@ def examine_canary(config: DownloadConfig, patience_seconds: float) -> Finding:
         ray.cancel(running, force=True)
         reason = one_line(f"{type(error).__name__}: {error}", 160)
         told = (
-            f"not fetched in {patience_seconds:.0f} s ({reason}): is there a node without a GPU that has "
+            f"not fetched in {patience_seconds:.0f} s ({reason}): does the site answer, and has a node without a GPU "
             f"{config.resources.num_cpus:g} CPUs free (ray status)?"
         )
         return Finding(place="cluster", what="canary", good=False, told=told)

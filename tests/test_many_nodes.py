@@ -36,6 +36,11 @@ SAMPLES = 40
 """Of the presets ``smoke``."""
 NOTICED_SOON = {"RAY_health_check_period_ms": "1000"}
 """A node that does not answer is given up after five of these; Ray's own are three seconds."""
+SPARING = (
+    "--download.resources.min-actors=1", "--crops.resources.min-actors=1", "--annotate.resources.min-actors=1",
+    "--tracks.resources.max-actors=2", "--identities.resources.max-actors=2",
+)  # fmt: skip
+"""No more processes than a small machine bears: of the pools that begin with their share of a cluster, two."""
 soak = pytest.mark.soak
 
 
@@ -124,7 +129,7 @@ def test_preprocessing_that_loses_a_node_publishes_the_same_bytes(
     commits = storage.join(str(output), "work", "parts")
     harm = lambda: lose_busiest(head, num_nodes)  # noqa: E731
     with Saboteur(lambda: storage.names_below(commits), harm) as saboteur:
-        done = submit(head, name, *arguments(corpus, url, output), timeout=600)
+        done = submit(head, name, *arguments(corpus, url, output), *SPARING, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert driver_exit_code(head, name) == 0
     assert saboteur.done
