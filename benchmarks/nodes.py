@@ -111,7 +111,7 @@ def waiting_adders(
     }
 
 
-def config_for(config: NodesConfig, output: str, cpus: float) -> PreprocessConfig:
+def config_for(config: NodesConfig, output: str, rooms: list[float]) -> PreprocessConfig:
     """Of a run: a CPU for each actor that waits, so that waiting is what a CPU does, and none for the two that cost nothing."""
     wanted = replace(job.PRESETS["laptop"], input="list", output=output)
     for name in preprocess.SHARES:
@@ -120,7 +120,7 @@ def config_for(config: NodesConfig, output: str, cpus: float) -> PreprocessConfi
         most = 64 if busy else 4
         pool = StageResources(num_cpus=float(busy), memory_gb=0.01, max_actors=most)
         wanted = replace(wanted, **{name: replace(stage, resources=pool)})
-    return preprocess.on_fixed_cluster(wanted, cpus) if config.pools == "sized" else wanted
+    return preprocess.on_fixed_cluster(wanted, rooms) if config.pools == "sized" else wanted
 
 
 def run_one(config: NodesConfig, num_nodes: int, folder: Path) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def run_one(config: NodesConfig, num_nodes: int, folder: Path) -> dict[str, Any]
         Video(identity=f"id{n // 20:04d}", video=f"v{n:05d}", url="http://127.0.0.1:9/")
         for n in range(count)
     ]
-    wanted = config_for(config, str(folder / f"out{num_nodes}"), nodes.cpus_off_gpus())
+    wanted = config_for(config, str(folder / f"out{num_nodes}"), nodes.rooms())
     preprocess.configure_ray_data(wanted)
     payload = config.picture_kb * 1024 // 12
     preprocess.stage_adders = partial(waiting_adders, payload, config.start_seconds)

@@ -96,7 +96,7 @@ def connect(config: PreprocessConfig) -> PreprocessConfig:
         config = preprocess.on_one_machine(config, cores)
     runtime.connect(config.minimum_cpus)
     if not cores and not nodes.may_grow():
-        config = preprocess.on_fixed_cluster(config, nodes.cpus_off_gpus())
+        config = preprocess.on_fixed_cluster(config, nodes.rooms())
     return config
 
 

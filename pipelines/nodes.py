@@ -35,9 +35,10 @@ def may_grow() -> bool:
     return any(node["Labels"].get(GROUP) for node in alive())
 
 
-def cpus_off_gpus() -> float:
-    """Logical CPUs of the nodes that are no GPU nodes."""
-    return sum(node["Resources"].get("CPU", 0.0) for node in alive() if pool_of(node) != "gpu")
+def rooms() -> list[float]:
+    """Logical CPUs of each node that has some and is no GPU node."""
+    cpus = [node["Resources"].get("CPU", 0.0) for node in alive() if pool_of(node) != "gpu"]
+    return [each for each in cpus if each]
 
 
 class Timeline:

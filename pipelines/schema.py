@@ -382,11 +382,11 @@ class StageResources:
     memory_gb: float = 1.0
     """Memory one actor is expected to need, GiB; Ray places no more actors on a node than fit."""
     min_actors: int = 0
-    """Actors that are always there. 0: one in a cluster; on a machine of the job's own as many as the stage's share of the work
-    makes of its cores."""
+    """Actors that are always there. 0: one in a cluster that may grow; elsewhere what the stage's share of the work makes of the
+    cores: of one machine, or of a cluster without its largest node."""
     first_actors: int = 0
-    """Actors that are there from the beginning, and may go when they have nothing to do. 0: in a cluster that cannot grow as many
-    as the stage's share of the work makes of its CPUs, elsewhere min_actors."""
+    """Actors that are there from the beginning, and may go when they have nothing to do. 0: in a cluster that cannot grow what the
+    stage's share of the work makes of all its CPUs; elsewhere min_actors."""
     max_actors: int = 64
     """Actors the pool may grow to while the stage is the bottleneck."""
 

@@ -30,10 +30,10 @@ def test_a_cluster_whose_nodes_have_groups_may_grow(monkeypatch: pytest.MonkeyPa
     here = [HEAD_NODE, node(pool="cpu"), node(pool="gpu"), node()]
     monkeypatch.setattr(nodes, "alive", lambda: here)
     assert not nodes.may_grow()
-    assert nodes.cpus_off_gpus() == 2
+    assert nodes.rooms() == [1, 1]
     here.append({"Resources": {}, "Labels": {GROUP: "cpu"}})
     assert nodes.may_grow()
-    assert nodes.cpus_off_gpus() == 2
+    assert nodes.rooms() == [1, 1]
 
 
 def test_every_change_is_told_and_the_hours_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,19 +237,21 @@ def test_a_pool_that_the_user_sized_stays() -> None:
     wanted = replace(DownloadConfig().resources, min_actors=3, max_actors=3)
     config = config_of("out", download=replace(DownloadConfig(), resources=wanted))
     assert preprocess.on_one_machine(config, 64).download.resources == wanted
-    sized = preprocess.on_fixed_cluster(config, 64).download.resources
-    assert sized == replace(wanted, first_actors=3)
+    assert preprocess.on_fixed_cluster(config, [32, 32]).download.resources == wanted
 
 
-@pytest.mark.parametrize("cpus", [0, 5.0, 6.0, 12.0, 24.0, 96.0])
-def test_pools_of_a_fixed_cluster_fit_it_and_wait_for_nobody(cpus: float) -> None:
-    """No CPU is left over, none would help another stage more, and every pool may shrink to one actor."""
+@pytest.mark.parametrize("rooms", [[], [5.0], [6.0], [6.0, 6.0], [8.0, 8.0, 4.0], [16.0] * 6])
+def test_pools_of_a_fixed_cluster_fit_it_and_what_a_lost_node_leaves(rooms: list[float]) -> None:
+    """No CPU is left over in the beginning, and none would help another stage more; what stays fits without the largest node."""
     least = config_of("out")
-    config = preprocess.on_fixed_cluster(least, cpus)
+    config = preprocess.on_fixed_cluster(least, rooms)
     pools = {name: getattr(config, name).resources for name in preprocess.SHARES}
-    assert {pool.min_actors for pool in pools.values()} == {0}
+    needed = least.minimum_cpus - 1
     taken = sum(pool.first_actors * pool.num_cpus for pool in pools.values())
-    assert cpus - 1 < taken <= max(cpus, least.minimum_cpus - 1)
+    assert sum(rooms) - 1 < taken <= max(sum(rooms), needed)
+    kept = sum(pool.min_actors * pool.num_cpus for pool in pools.values())
+    assert kept <= max(sum(rooms) - max(rooms, default=0), needed) or len(rooms) == 1
+    assert all(1 <= pool.min_actors <= pool.first_actors for pool in pools.values())
     assert pools["quality"].first_actors == pools["shards"].first_actors == 1
     growing = {name: pool for name, pool in pools.items() if pool.first_actors < pool.max_actors}
     worst = max(preprocess.SHARES[name] / pool.first_actors for name, pool in growing.items())
@@ -262,4 +264,4 @@ def test_pools_of_a_fixed_cluster_fit_it_and_wait_for_nobody(cpus: float) -> Non
 def test_pools_on_gpus_are_not_sized_by_cpus() -> None:
     pool = StageResources(num_gpus=0.5, num_cpus=0.5)
     config = config_of("out", annotate=AnnotateConfig(resources=pool))
-    assert preprocess.on_fixed_cluster(config, 64).annotate.resources.first_actors == 1
+    assert preprocess.on_fixed_cluster(config, [64, 64]).annotate.resources.first_actors == 1
