@@ -96,7 +96,7 @@ def test_rays_autoscaler_reads_the_cluster_as_it_is_meant() -> None:
     assert kinds["headgroup"]["resources"]["CPU"] == 0
     for name, kind in kinds.items():
         assert kind["min_workers"] == 0, name
-    assert kinds["cpu"]["resources"]["CPU"] == 16
+    assert kinds["cpu"]["resources"]["CPU"] == 15  # a machine of 16 has no room for a pod of 16
     assert "GPU" not in kinds["cpu"]["resources"]
     assert kinds["gpu"]["resources"]["GPU"] == 1
     assert kinds["gpu"]["labels"]["pool"] == "gpu"
