@@ -7,6 +7,7 @@ with few cores can stand for many. What is measured is everything that is not th
 of pools, rows that travel between nodes, commits. Videos a second in the steady state, between the first and the last fifth.
 
     python benchmarks/nodes.py --nodes 1 2 4
+    python benchmarks/nodes.py --nodes 1 2 4 --pools growing      # as on a cluster that an autoscaler may enlarge
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -30,7 +31,7 @@ sys.path[0] = str(REPOSITORY)  # run as a script, its own folder would come firs
 
 from benchmarks.memory import finished  # noqa: E402
 from jobs import preprocess as job  # noqa: E402
-from pipelines import preprocess  # noqa: E402
+from pipelines import nodes, preprocess  # noqa: E402
 from pipelines.preprocess import PreprocessConfig  # noqa: E402
 from pipelines.schema import (  # noqa: E402
     Member,
@@ -67,14 +68,19 @@ class NodesConfig:
     """Length of the list."""
     picture_kb: int = 300
     """Of what a row carries from stage to stage, at least."""
+    start_seconds: float = 2.0
+    """That an actor takes to begin: networks to load."""
+    pools: Literal["sized", "growing"] = "sized"
+    """As the job has them where a cluster cannot grow, or from one actor each."""
 
 
 class Waiting:
     """Actor in a stage's place: waits as long as the stage works."""
 
-    def __init__(self, name: str, payload: int) -> None:
+    def __init__(self, name: str, payload: int, start_seconds: float) -> None:
         self.name = name
         self.payload = payload
+        time.sleep(start_seconds)
 
     def __call__(self, row: VideoRow) -> VideoRow:
         """One video."""
@@ -89,20 +95,32 @@ class Waiting:
 
 
 def waiting_adders(
-    payload: int,
-    config: PreprocessConfig,  # noqa: ARG001  # as the function it stands for
+    payload: int, start_seconds: float, config: PreprocessConfig
 ) -> dict[str, Callable[[Dataset], Dataset]]:
-    """As :func:`pipelines.preprocess.stage_adders`: a CPU for each actor that waits, so that waiting is what a CPU does."""
+    """As :func:`pipelines.preprocess.stage_adders`, with actors that wait."""
     return {
         name: partial(
             add_actors,
             actor=Waiting,
-            resources=StageResources(num_cpus=1.0 if seconds > 0.1 else 0.05, memory_gb=0.01),
+            resources=getattr(config, name).resources,
             name=name,
             payload=payload,
+            start_seconds=start_seconds,
         )
-        for name, seconds in SECONDS.items()
+        for name in SECONDS
     }
+
+
+def config_for(config: NodesConfig, output: str, rooms: list[float]) -> PreprocessConfig:
+    """Of a run: a CPU for each actor that waits, so that waiting is what a CPU does, and none for the two that cost nothing."""
+    wanted = replace(job.PRESETS["laptop"], input="list", output=output)
+    for name in preprocess.SHARES:
+        stage = getattr(wanted, name)
+        busy = SECONDS.get(name, 0) > 0.1
+        most = 64 if busy else 4
+        pool = StageResources(num_cpus=float(busy), memory_gb=0.01, max_actors=most)
+        wanted = replace(wanted, **{name: replace(stage, resources=pool)})
+    return preprocess.on_fixed_cluster(wanted, rooms) if config.pools == "sized" else wanted
 
 
 def run_one(config: NodesConfig, num_nodes: int, folder: Path) -> dict[str, Any]:
@@ -120,15 +138,10 @@ def run_one(config: NodesConfig, num_nodes: int, folder: Path) -> dict[str, Any]
         Video(identity=f"id{n // 20:04d}", video=f"v{n:05d}", url="http://127.0.0.1:9/")
         for n in range(count)
     ]
-    wanted = replace(job.PRESETS["laptop"], input="list", output=str(folder / f"out{num_nodes}"))
-    wanted = replace(
-        wanted,
-        shards=replace(
-            wanted.shards, resources=StageResources(num_cpus=0.05, memory_gb=0.01, max_actors=4)
-        ),
-    )
+    wanted = config_for(config, str(folder / f"out{num_nodes}"), nodes.rooms())
     preprocess.configure_ray_data(wanted)
-    preprocess.stage_adders = partial(waiting_adders, config.picture_kb * 1024 // 12)
+    payload = config.picture_kb * 1024 // 12
+    preprocess.stage_adders = partial(waiting_adders, payload, config.start_seconds)
     started = time.perf_counter()
     ends = [
         time.perf_counter() - started for _ in preprocess.build_plan(videos, wanted).iter_rows()
@@ -140,6 +153,7 @@ def run_one(config: NodesConfig, num_nodes: int, folder: Path) -> dict[str, Any]
     ideal = num_nodes * config.cpus / sum(SECONDS.values())
     return {
         "nodes": num_nodes,
+        "pools": [getattr(wanted, name).resources.first_actors for name in SECONDS],
         "videos": count,
         "seconds": round(ends[-1], 1),
         "first_s": round(ends[0], 1),

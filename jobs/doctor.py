@@ -103,7 +103,7 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     ready = preflight.await_workers(config.gpus, config.patience_seconds)
     yield ready
     if config.download.canary and (ready.good or config.gpus):
-        yield preflight.examine_canary(config.download)
+        yield preflight.examine_canary(config.download, config.patience_seconds)
     token = uuid.uuid4().hex
     place = preflight.token_uri(config.output, "driver")
     # what the driver cannot write, no node can read: they tell

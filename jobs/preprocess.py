@@ -95,6 +95,8 @@ def connect(config: PreprocessConfig) -> PreprocessConfig:
     if cores := runtime.own_cores():
         config = preprocess.on_one_machine(config, cores)
     runtime.connect(config.minimum_cpus)
+    if not cores and not nodes.may_grow():
+        config = preprocess.on_fixed_cluster(config, nodes.rooms())
     return config
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 POOL = "pool"
 """Label of a node (ray_cluster.yaml, infra/kuberay) that says which kind it is."""
+GROUP = "ray.io/node-group"
+"""Label of a node that Ray's launcher or KubeRay started: the name of its kind."""
 HEAD = "node:__internal_head__"
 """Resource by which Ray marks the head."""
 
@@ -25,6 +27,18 @@ def alive() -> list[dict[str, Any]]:
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def may_grow() -> bool:
+    """Whether something may start nodes for this cluster. Ray's launcher and KubeRay name the group of each node that they start;
+    who starts nodes by hand does not."""
+    return any(node["Labels"].get(GROUP) for node in alive())
+
+
+def rooms() -> list[float]:
+    """Logical CPUs of each node that has some and is no GPU node."""
+    cpus = [node["Resources"].get("CPU", 0.0) for node in alive() if pool_of(node) != "gpu"]
+    return [each for each in cpus if each]
 
 
 class Timeline:

@@ -109,11 +109,14 @@ def check_versions(needs: Needs) -> tuple[bool, str]:
 
 def check_weights(needs: Needs) -> tuple[bool, str]:
     """Found, or downloaded into this node's cache, and what they should be."""
+    missing = []
     for name in needs.weights:
         try:
             weights.find(name)
         except weights.WeightsError as error:
-            return False, str(error)
+            missing.append(str(error))
+    if missing:
+        return False, "; ".join(missing)
     return True, f"{len(needs.weights)} files, hashes right"
 
 
@@ -273,14 +276,24 @@ def judge_clock(place: str, offset: float, limit: float) -> Finding:
 # --- the cluster ----------------------------------------------------------------------------------------------
 
 
-def examine_canary(config: DownloadConfig) -> Finding:
-    """One video fetched where all will be: on a node that is no GPU node."""
+def examine_canary(config: DownloadConfig, patience_seconds: float) -> Finding:
+    """One video fetched where all will be: on a node that is no GPU node, once it has a CPU for it."""
     import ray
 
     fetch = ray.remote(num_cpus=config.resources.num_cpus, label_selector=OFF_GPU_NODES)(
         fetch_canary
     )
-    canary = ray.get(fetch.remote(config))
+    running = fetch.remote(config)
+    try:
+        canary = ray.get(running, timeout=patience_seconds)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        ray.cancel(running, force=True)
+        reason = one_line(f"{type(error).__name__}: {error}", 160)
+        told = (
+            f"not fetched in {patience_seconds:.0f} s ({reason}): does the site answer, and has a node without a GPU "
+            f"{config.resources.num_cpus:g} CPUs free (ray status)?"
+        )
+        return Finding(place="cluster", what="canary", good=False, told=told)
     if canary.live:
         told = f"{canary.url}: {canary.size / 1e6:.1f} MB, {canary.probe['height']} lines"
         return Finding(place="cluster", what="canary", good=True, told=told)

@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -191,6 +191,49 @@ def on_one_machine(config: PreprocessConfig, cores: int) -> PreprocessConfig:
             stage = replace(stage, resources=resources)
         sized[name] = stage
     return replace(config, **sized)
+
+
+def on_fixed_cluster(config: PreprocessConfig, rooms: Sequence[float]) -> PreprocessConfig:
+    """Pools for a cluster that cannot grow: they begin with all its CPUs and keep what would fit if its largest node were lost.
+
+    Left to grow, they never come to rest (see :func:`on_one_machine`). If they kept everything, a stage whose actors were all on
+    a node that is lost would find no place to start them again. Pools that the user sized stay as they are.
+
+    Args:
+        config: of the run.
+        rooms: logical CPUs of each node on which stages without a GPU may run.
+    """
+    first = share_out(config, sum(rooms))
+    left = sorted(rooms)[: max(len(rooms) - 1, 1)]
+    least = share_out(config, sum(left) - len(left))  # a CPU of each node for what does not pack
+    sized = {}
+    for name, count in first.items():
+        stage = getattr(config, name)
+        if not (stage.resources.min_actors or stage.resources.first_actors):
+            pool = replace(stage.resources, min_actors=least[name], first_actors=count)
+            stage = replace(stage, resources=pool)
+        sized[name] = stage
+    return replace(config, **sized)
+
+
+def share_out(config: PreprocessConfig, cpus: float) -> dict[str, int]:
+    """Actors of each stage: one, or what the user wants, then every further CPU to the stage that is the bottleneck."""
+    pools = {name: getattr(config, name).resources for name in SHARES}
+    actors = {name: max(pool.min_actors, pool.first_actors, 1) for name, pool in pools.items()}
+    free = cpus - sum(count * pools[name].num_cpus for name, count in actors.items())
+
+    def grows(name: str) -> bool:
+        pool = pools[name]
+        sized = pool.min_actors or pool.first_actors or pool.num_gpus
+        return bool(SHARES[name]) and not sized and actors[name] < pool.max_actors
+
+    while growing := [name for name in SHARES if grows(name)]:
+        bottleneck = max(growing, key=lambda name: SHARES[name] / actors[name])
+        free -= pools[bottleneck].num_cpus
+        if free < 0:
+            break
+        actors[bottleneck] += 1
+    return actors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -384,8 +384,11 @@ class StageResources:
     memory_gb: float = 1.0
     """Memory one actor is expected to need, GiB; Ray places no more actors on a node than fit."""
     min_actors: int = 0
-    """Actors that are always there. 0: one in a cluster; on a machine of the job's own as many as the stage's share of the work
-    makes of its cores."""
+    """Actors that are always there. 0: one in a cluster that may grow; elsewhere what the stage's share of the work makes of the
+    cores: of one machine, or of a cluster without its largest node."""
+    first_actors: int = 0
+    """Actors that are there from the beginning, and may go when they have nothing to do. 0: in a cluster that cannot grow what the
+    stage's share of the work makes of all its CPUs; elsewhere min_actors."""
     max_actors: int = 64
     """Actors the pool may grow to while the stage is the bottleneck."""
 
@@ -393,6 +396,10 @@ class StageResources:
         if not 0 <= self.min_actors <= self.max_actors or self.max_actors < 1:
             raise ValueError(
                 f"actors: 0 <= min_actors <= max_actors, 1 <= max_actors, got {self.min_actors} and {self.max_actors}"
+            )
+        if self.first_actors and not self.min_actors <= self.first_actors <= self.max_actors:
+            raise ValueError(
+                f"actors: min_actors <= first_actors <= max_actors, got {self.min_actors}, {self.first_actors}, {self.max_actors}"
             )
 
 
@@ -462,6 +469,7 @@ def add_actors(
         fn_constructor_kwargs=arguments,
         compute=ray.data.ActorPoolStrategy(
             min_size=max(resources.min_actors, 1),
+            initial_size=max(resources.first_actors, resources.min_actors, 1),
             max_size=resources.max_actors,
             max_tasks_in_flight_per_actor=VIDEOS_IN_FLIGHT,
         ),

@@ -63,6 +63,17 @@ class Head:
             time.sleep(0.3)
         return node
 
+    def come_to(self, num_nodes: int, num_cpus: int) -> None:
+        """Join nodes, or end some, until there are so many, itself among them, and it knows."""
+        while 1 + len(self.nodes) > num_nodes:
+            end_group(self.nodes.pop())
+        while 1 + len(self.nodes) < num_nodes:
+            self.join(num_cpus)
+        deadline = time.monotonic() + 120
+        while len(self.alive()) != num_nodes:
+            assert time.monotonic() < deadline, self.alive()
+            time.sleep(0.5)
+
     def alive(self) -> list[str]:
         """Ids of the nodes that the head believes to be there."""
         told = self.ask("/nodes?view=summary")["data"]["summary"]

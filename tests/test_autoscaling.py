@@ -97,6 +97,7 @@ def await_head_alone(seconds):
         time.sleep(0.5)
 
 
+say(f"may grow: {nodes.may_grow()}")
 with nodes.Timeline(say, poll_seconds=0.5):
     run("first", on_gpu=False)
     say("first done")
@@ -194,6 +195,7 @@ def test_nodes_come_with_the_queue_and_go_after_it(tmp_path: Path) -> None:
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+        "RAY_NODE_TYPE_NAME": "ray.head.default",  # as `ray up` and KubeRay start a head
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
         "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "2",  # seconds; 10 in production
         "PYTHONPATH": str(REPOSITORY),
@@ -219,6 +221,7 @@ def test_nodes_come_with_the_queue_and_go_after_it(tmp_path: Path) -> None:
 
 def check(lines: list[str]) -> None:
     """What the driver printed is what the cluster should have done."""
+    assert "may grow: True" in lines, "so the job leaves its pools small"
     first, second = lines.index("first done"), lines.index("second done")
     timeline = [(number, counts(line)) for number, line in enumerate(lines) if "nodes: " in line]
     before = [now for number, now in timeline if number < first]

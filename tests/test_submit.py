@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from jobs import demo
 from pipelines import checkpoints
-from tests.clusters import Head, driver_exit_code, running_head, submit
+from tests.clusters import RAY, Head, driver_exit_code, running_head, submit
+from tests.material import REPOSITORY
 from tests.pipelines.test_training import assert_same
 from tests.runs import ledger, manifest, outcome
 
@@ -25,8 +30,12 @@ CLIPS = tuple(clip for clip in demo.CORPUS if clip.video in ("astronautA2", "cof
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """A Ray head with token authentication that does all the work itself."""
-    with running_head(num_cpus=6) as started:
+    """A Ray head with token authentication that does all the work itself; its dashboard as ray_cluster.yaml starts it."""
+    shipped = yaml.safe_load((REPOSITORY / "ray_cluster.yaml").read_text())
+    words = shipped["head_start_ray_commands"][-1].split()
+    flags = [word for word in words if word.startswith("--dashboard")]
+    assert flags
+    with running_head(6, *flags) as started:
         yield started
 
 
@@ -89,6 +98,57 @@ def test_training_whose_worker_is_killed_ends_as_one_that_was_left_alone(
     assert (tmp_path / "out" / "mlflow" / "mlflow.db").is_file()
 
 
+TOLD = (
+    "/api/jobs/", "/api/jobs/training/logs", "/nodes?view=summary", "/logical/actors", "/api/cluster_status", "/api/v0/nodes",
+    "/api/v0/tasks", "/api/v0/logs?node_id=x", "/events", "/api/serve/applications/", "/api/packages/gcs/x.zip",
+    "/api/component_activities", "/worker/traceback?pid=1", "/api/train/v2/runs/v1", "/timezone",
+)  # fmt: skip
+"""Of the dashboard and the Jobs API: whatever says something about the cluster or does something with it."""
+
+
+def status_of(head: Head, path: str, token: str | None, content: bytes | None = None) -> int:
+    """What the dashboard answers to a request; with content, a POST."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    if content:
+        headers["Content-Type"] = "application/json"
+    try:
+        request = urllib.request.Request(f"{head.address}{path}", content, headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_without_the_token_the_dashboard_tells_nothing(head: Head) -> None:
+    for path in TOLD:
+        assert status_of(head, path, None) == 401, path
+        assert status_of(head, path, 64 * "0") == 403, path
+    assert status_of(head, "/api/jobs/", head.environment["RAY_AUTH_TOKEN"]) == 200
+
+
 def test_without_the_token_nothing_is_accepted(head: Head) -> None:
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=10)
+    job = json.dumps({"entrypoint": "touch /tmp/headray-was-here"}).encode()
+    assert status_of(head, "/api/jobs/", None, job) == 401
+    assert status_of(head, "/api/jobs/", 64 * "0", job) == 403
+    stranger = {name: value for name, value in head.environment.items() if "RAY_AUTH" not in name}
+    for mode in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": 64 * "0"}):  # fmt: skip
+        asked = subprocess.run(
+            [RAY, "status", f"--address={head.gcs}"],
+            env=stranger | mode, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert asked.returncode != 0
+        assert "InvalidAuthToken" in asked.stdout + asked.stderr
+
+
+def test_the_dashboard_listens_on_the_head_alone(head: Head) -> None:
+    """The way there is through SSH (`ray dashboard`)."""
+    port = int(head.address.rpartition(":")[2])
+    listening = set()
+    for process in psutil.Process(head.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            listening |= {
+                each.laddr.ip
+                for each in process.net_connections("tcp")
+                if each.status == psutil.CONN_LISTEN and each.laddr.port == port
+            }
+    assert listening == {"127.0.0.1"}

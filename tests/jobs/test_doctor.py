@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -38,17 +39,17 @@ def lines(text: str) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_doctor_tells_what_is_well_and_what_is_not(tmp_path: Path) -> None:
-    """The same machine twice: with all it needs, then with a canary that is gone, old cookies and no room."""
+    """The same machine twice: with all it needs, then with a site that says nothing, old cookies and no room."""
     demo.make_corpus(tmp_path, [clip for clip in demo.CORPUS if clip.video == "coffee-cup1"])
     with demo.serve(tmp_path / "videos") as url:
         common = [
-            "preprocess", f"--output={tmp_path / 'out'}", f"--download.url-template={url}/{{video}}.mp4",
-            "--patience-seconds=90",
+            "preprocess", f"--output={tmp_path / 'out'}", "--download.canary=coffee-cup1",
         ]  # fmt: skip
         code, text = run_job(
             "doctor",
             *common,
-            "--download.canary=coffee-cup1",
+            f"--download.url-template={url}/{{video}}.mp4",
+            "--patience-seconds=90",
             "--ranks=2",
             "--min-disk-gb=0.001",
             folder=tmp_path,
@@ -63,14 +64,17 @@ def test_doctor_tells_what_is_well_and_what_is_not(tmp_path: Path) -> None:
         old.write_text(
             "# Netscape HTTP Cookie File\n.youtube.com\tTRUE\t/\tTRUE\t1000000000\tSID\thush5\n"
         )
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
         code, text = run_job(
-            "doctor", *common, "--download.canary=goneforever", "--min-disk-gb=1e9", "--gpus=1",
+            "doctor", *common, f"--download.url-template=http://127.0.0.1:{port}/{{video}}.mp4", "--min-disk-gb=1e9", "--gpus=1",
             "--weights", "dlib_landmarks", f"--download.cookies={old}", "--patience-seconds=5",
             folder=tmp_path,
         )  # fmt: skip
     assert code == 2, text
     bad = {what for what, state in lines(text).items() if state == "FAIL"}
     assert {"canary", "cookies", "disk"} <= bad
+    assert "not fetched in 5 s" in text
     assert "hush5" not in text
     assert "Traceback" not in text
     assert re.search(r"^FAIL  cluster +1 GPUs +not there after 5 s", text, re.MULTILINE)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.nodes import HEAD, Timeline, pool_of
+from pipelines import nodes
+from pipelines.nodes import GROUP, HEAD, Timeline, pool_of
 
 
 def node(**labels: str) -> dict[str, Any]:
@@ -22,6 +23,17 @@ def test_kinds_of_nodes() -> None:
     assert pool_of(HEAD_NODE) == "head"
     assert pool_of(node()) == "worker"
     assert pool_of(node(pool="gpu")) == "gpu"
+
+
+def test_a_cluster_whose_nodes_have_groups_may_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray's launcher starts has them (tests/test_autoscaling.py), what people start has not (tests/test_many_nodes.py)."""
+    here = [HEAD_NODE, node(pool="cpu"), node(pool="gpu"), node()]
+    monkeypatch.setattr(nodes, "alive", lambda: here)
+    assert not nodes.may_grow()
+    assert nodes.rooms() == [1, 1]
+    here.append({"Resources": {}, "Labels": {GROUP: "cpu"}})
+    assert nodes.may_grow()
+    assert nodes.rooms() == [1, 1]
 
 
 def test_every_change_is_told_and_the_hours_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:

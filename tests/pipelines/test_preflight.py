@@ -66,9 +66,10 @@ def test_missing_weights_are_named_with_their_address(
     monkeypatch.setattr(
         "models.frozen.weights._fetch", lambda *_: (_ for _ in ()).throw(OSError("no way there"))
     )
-    good, told = preflight.check_weights(replace(needs, weights=("vgg19",)))
+    good, told = preflight.check_weights(replace(needs, weights=("vgg19", "dlib_mmod", "ir_se50")))
     assert not good
     assert "vgg19-dcbb9e9d.pth" in told
+    assert "recognition_arcface_ir_se50.pth" in told, "all that is missing, not the first"
     assert "HEADRAY_WEIGHTS" in told
 
 

@@ -13,13 +13,14 @@ import pytest
 
 from models.frozen.landmarks import FanConfig
 from pipelines import identities, preprocess, quality, shards, storage
+from pipelines.annotate import AnnotateConfig
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig
 from pipelines.identities import IdentitiesConfig
 from pipelines.output import ConfigError
 from pipelines.preprocess import PreprocessConfig
 from pipelines.progress import Progress
-from pipelines.schema import Cause, Track, Video, reject
+from pipelines.schema import Cause, StageResources, Track, Video, reject
 from pipelines.tracks import TracksConfig
 from tests.datasets import make_dataset, some_videos
 
@@ -236,3 +237,31 @@ def test_a_pool_that_the_user_sized_stays() -> None:
     wanted = replace(DownloadConfig().resources, min_actors=3, max_actors=3)
     config = config_of("out", download=replace(DownloadConfig(), resources=wanted))
     assert preprocess.on_one_machine(config, 64).download.resources == wanted
+    assert preprocess.on_fixed_cluster(config, [32, 32]).download.resources == wanted
+
+
+@pytest.mark.parametrize("rooms", [[], [5.0], [6.0], [6.0, 6.0], [8.0, 8.0, 4.0], [16.0] * 6])
+def test_pools_of_a_fixed_cluster_fit_it_and_what_a_lost_node_leaves(rooms: list[float]) -> None:
+    """No CPU is left over in the beginning, and none would help another stage more; what stays fits without the largest node."""
+    least = config_of("out")
+    config = preprocess.on_fixed_cluster(least, rooms)
+    pools = {name: getattr(config, name).resources for name in preprocess.SHARES}
+    needed = least.minimum_cpus - 1
+    taken = sum(pool.first_actors * pool.num_cpus for pool in pools.values())
+    assert sum(rooms) - 1 < taken <= max(sum(rooms), needed)
+    kept = sum(pool.min_actors * pool.num_cpus for pool in pools.values())
+    assert kept <= max(sum(rooms) - max(rooms, default=0), needed) or len(rooms) == 1
+    assert all(1 <= pool.min_actors <= pool.first_actors for pool in pools.values())
+    assert pools["quality"].first_actors == pools["shards"].first_actors == 1
+    growing = {name: pool for name, pool in pools.items() if pool.first_actors < pool.max_actors}
+    worst = max(preprocess.SHARES[name] / pool.first_actors for name, pool in growing.items())
+    for name, pool in growing.items():
+        if pool.first_actors > 1:
+            assert preprocess.SHARES[name] / (pool.first_actors - 1) >= worst
+    assert config.recipe == least.recipe
+
+
+def test_pools_on_gpus_are_not_sized_by_cpus() -> None:
+    pool = StageResources(num_gpus=0.5, num_cpus=0.5)
+    config = config_of("out", annotate=AnnotateConfig(resources=pool))
+    assert preprocess.on_fixed_cluster(config, [64, 64]).annotate.resources.first_actors == 1
