@@ -480,15 +480,20 @@ def find_twins(means: Mapping[str, Vectors], threshold: float) -> list[Twins]:
     names = sorted(means)
     if len(names) < 2 or threshold >= 1:
         return []
-    table = np.stack([means[name] for name in names])
     found = []
-    for start in range(0, len(names), IDENTITIES_AT_ONCE):
-        cosines = np.round(table[start : start + IDENTITIES_AT_ONCE] @ table.T, DECIMALS)
+    for first, second in itertools.combinations_with_replacement(
+        range(0, len(names), IDENTITIES_AT_ONCE), 2
+    ):
+        ones, others = (names[start : start + IDENTITIES_AT_ONCE] for start in (first, second))
+        left, right = (np.stack([means[name] for name in some]) for some in (ones, others))
+        cosines = np.round(left @ right.T, DECIMALS)
         for row, column in np.argwhere(cosines >= threshold).tolist():
-            if start + row < column:
-                one, other = names[start + row], names[column]
-                found.append(Twins(one=one, other=other, cosine=float(cosines[row, column])))
-    return found
+            if first + row < second + column:
+                pair = Twins(
+                    one=ones[row], other=others[column], cosine=float(cosines[row, column])
+                )
+                found.append(pair)
+    return sorted(found, key=lambda pair: (pair.one, pair.other))
 
 
 def side_of(splits: Mapping[str, str], identity: str, video: str) -> str:
