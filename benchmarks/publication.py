@@ -31,7 +31,7 @@ sys.path[0] = str(REPOSITORY)  # run as a script, its own folder would come firs
 
 from benchmarks.memory import EMBEDDING, FRAMES, Watch, finished  # noqa: E402
 from jobs import preprocess as job  # noqa: E402
-from pipelines import preprocess, report, shards  # noqa: E402
+from pipelines import memory, preprocess, report, shards  # noqa: E402
 from pipelines.preprocess import PreprocessConfig  # noqa: E402
 from pipelines.progress import Progress  # noqa: E402
 from pipelines.schema import Cause, Video, reject  # noqa: E402
@@ -157,6 +157,7 @@ def run_one(config: PublicationConfig, folder: Path) -> dict[str, Any]:
     shards.pack_all = dummies.pack  # type: ignore[assignment]
     shards.packed_record = dummies.record  # type: ignore[assignment]
     report.write = lambda *_: None
+    memory.use_system_pool()  # as preprocess.run does
     started = time.perf_counter()
     with Watch() as watch, Progress(lambda _: None) as progress:
         videos = preprocess.open_list(wanted)

@@ -32,6 +32,7 @@ from pipelines import (
     crops,
     download,
     identities,
+    memory,
     quality,
     report,
     shards,
@@ -303,6 +304,7 @@ def run(config: PreprocessConfig, videos: Iterable[Video], progress: Progress) -
         NothingUsableError: nothing passed; ledger and report are written all the same. Or the canary failed.
     """
     started = time.perf_counter()
+    memory.use_system_pool()
     prepare(config)
     listed, stage_seconds, new_videos = process(config, videos, progress)
     manifest, retryable = publish(config, listed, progress)
@@ -471,6 +473,7 @@ def process(
             progress.video(row)
             seconds.update(json.loads(row["seconds"]))
             count += 1
+        memory.give_back()
     if is_over and (missing := listed.lost()):
         raise ConfigError(
             f"--output {config.output}: published with {missing}, which the list no longer has, and its work "
@@ -511,6 +514,7 @@ def publish(
     samples, copies, means = gather(shards.load_commits(output, listed), config)
     twins = identities.find_twins(means, config.identities.twin_threshold)
     splits, gone = identities.settle(samples, copies, twins, config.identities)
+    memory.give_back()
     plans, buckets = shards.plan_shards(
         samples.kept(splits, gone), config.shards.target_mb, before.get("buckets", {})
     )
@@ -531,6 +535,7 @@ def publish(
                 yield tally.see(row)
 
     shards.write_ledger(ledger(), output)
+    memory.give_back()
     listing = [
         {
             "name": record["name"],
@@ -564,6 +569,7 @@ def publish(
         "index": shards.write_index_tables(indexed, output) if records else {},
         "tools": tool_versions(),
     }
+    memory.give_back()
     report.write(output, manifest)
     if not records:
         causes = manifest["counts"]["causes"]["videos"]

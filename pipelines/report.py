@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -437,6 +436,20 @@ def _axis(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A thumb as the page holds it: a twentieth of the pixels' bytes."""
+
+    time: float
+    """Seconds."""
+    jpeg: str
+    """Base64, for a ``data:`` address."""
+    overlay_jpeg: str
+    """The same of the frame with its labels; empty where there are none."""
+    seen: frozenset[ParsingLabel]
+    """Labels in ``overlay_jpeg``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Thumb:
     """A small picture of one frame with its landmarks drawn."""
 
@@ -450,14 +463,10 @@ class Thumb:
     """Labels in ``overlay``."""
 
     @property
-    def jpeg(self) -> str:
-        """Base64 of ``image`` as a JPEG, for a ``data:`` address."""
-        return _jpeg(self.image)
-
-    @property
-    def overlay_jpeg(self) -> str:
-        """Base64 of ``overlay``; empty where there is none."""
-        return _jpeg(self.overlay) if self.overlay.size else ""
+    def shown(self) -> Shown:
+        """Both pictures as JPEGs."""
+        overlay = _jpeg(self.overlay) if self.overlay.size else ""
+        return Shown(time=self.time, jpeg=_jpeg(self.image), overlay_jpeg=overlay, seen=self.seen)
 
 
 def _jpeg(image: NDArray[np.uint8]) -> str:
@@ -496,8 +505,11 @@ def contact_sheets(
     )
     names = [sample["identity"] for sample in ordered]
     first = [name not in names[:place] for place, name in enumerate(names)]
+
+    def read(sample: Mapping[str, Any], labelled: bool) -> list[Shown]:
+        return [thumb.shown for thumb in read_thumbs(output, sample, labelled)]
+
     with ThreadPoolExecutor(8) as pool:
-        read = partial(read_thumbs, output)
         pictures = list(pool.map(read, ordered, first))
     sheets: dict[str, dict[str, Any]] = {}
     for sample, thumbs in zip(ordered, pictures, strict=True):

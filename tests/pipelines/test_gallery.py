@@ -287,7 +287,12 @@ def test_a_large_list_of_pictures_that_do_not_compress_gives_a_page_that_can_be_
         seen=frozenset(),
     )
     tracks = [
-        {"key": "k", "frames": 1, "scores": {}, "thumbs": [replace(thumb, overlay=overlay)] * 6}
+        {
+            "key": "k",
+            "frames": 1,
+            "scores": {},
+            "thumbs": [replace(thumb, overlay=overlay).shown] * 6,
+        }
         for overlay in (thumb.overlay, np.zeros((0, 0, 3), np.uint8))
     ]
     sheets: list[dict[str, Any]] = [
