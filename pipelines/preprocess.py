@@ -62,6 +62,9 @@ OPERATIONAL = (
     "plan_videos",
     "stop_after",
     "replay",
+    "crops.videos_at_once",
+    "identities.videos_at_once",
+    "annotate.videos_at_once",
     "tracks.decoder.deadline_seconds",
     "tracks.decoder.videos_per_child",
 )
