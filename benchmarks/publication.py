@@ -31,7 +31,7 @@ sys.path[0] = str(REPOSITORY)  # run as a script, its own folder would come firs
 
 from benchmarks.memory import EMBEDDING, FRAMES, Watch, finished  # noqa: E402
 from jobs import preprocess as job  # noqa: E402
-from pipelines import preprocess, report, shards  # noqa: E402
+from pipelines import memory, preprocess, report, shards  # noqa: E402
 from pipelines.preprocess import PreprocessConfig  # noqa: E402
 from pipelines.progress import Progress  # noqa: E402
 from pipelines.schema import Cause, Video, reject  # noqa: E402
@@ -101,9 +101,9 @@ class Dummies:
             video=video, tar_sha256=sha256, slices={sample: (0, length)}, frames={sample: FRAMES}
         )
 
-    def committed(self, output: str) -> tuple[set[str], set[str]]:  # noqa: ARG002
+    def committed(self, output: str) -> Iterator[tuple[str, str]]:  # noqa: ARG002
         """In the place of :func:`shards.committed`: every video is done."""
-        return {self.key(number) for number in range(self.rows)}, set()
+        return ((self.key(number), "done") for number in range(self.rows))
 
     def load(self, _: str, keys: Iterable[str], __: int = 16) -> Iterator[Commit]:
         """In the place of :func:`shards.load_commits`."""
@@ -157,6 +157,7 @@ def run_one(config: PublicationConfig, folder: Path) -> dict[str, Any]:
     shards.pack_all = dummies.pack  # type: ignore[assignment]
     shards.packed_record = dummies.record  # type: ignore[assignment]
     report.write = lambda *_: None
+    memory.use_system_pool()  # as preprocess.run does
     started = time.perf_counter()
     with Watch() as watch, Progress(lambda _: None) as progress:
         videos = preprocess.open_list(wanted)

@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs import runtime
-from pipelines import report, shards, storage, upkeep
+from pipelines import gallery, report, shards, storage, upkeep
 from pipelines.schema import one_line
 from pipelines.shards import DatasetError
 
@@ -187,7 +187,7 @@ def inspect_dataset(output: str) -> None:
     rows = []
     for split in manifest["splits"]:
         own = index.filter(pc.equal(index["split"], split))
-        places = pa.array(report.spread(own.num_rows, SHOWN_KEYS), pa.int64())
+        places = pa.array(gallery.spread(own.num_rows, SHOWN_KEYS), pa.int64())
         rows += [[row["split"], row["key"], row["frames"]] for row in own.take(places).to_pylist()]
     table("some samples", {"split": "", "key": "", "frames": right}, rows)
     runtime.console.print(plain(f"report   {storage.join(output, report.PAGE)}"))

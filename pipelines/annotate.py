@@ -24,6 +24,7 @@ from pipelines.schema import (
     VideoRow,
     add_actors,
     batched,
+    check_at_once,
     frame_member,
     npy_array,
     run_stage,
@@ -46,7 +47,13 @@ class AnnotateConfig:
     """``geometric`` (no weights, 40 ms a window on a CPU, coarse), ``bisenet`` (wants a GPU), ``unet19`` (for tests), or
     ``none``: no labels."""
     resources: StageResources = field(default_factory=lambda: StageResources(memory_gb=1.5))
-    """One actor works on one video at a time; with ``bisenet`` give it a share of a GPU."""
+    """Of an actor; with ``bisenet`` give it a share of a GPU."""
+    videos_at_once: int = 1
+    """Videos that one actor works on side by side, so that their windows fill the network's batches; for GPUs, 2 to 8. Not with
+    ``geometric``. Memory is needed for all of them."""
+
+    def __post_init__(self) -> None:
+        check_at_once(self.videos_at_once, self.parser, ("bisenet", "unet19"))
 
 
 def weight_names(config: AnnotateConfig) -> tuple[str, ...]:
@@ -186,4 +193,4 @@ class Annotator:
 
 def add_annotations(videos: Dataset, config: AnnotateConfig) -> Dataset:
     """Append the stage to a plan over :class:`VideoRow`."""
-    return add_actors(videos, Annotator, config.resources, config=config)
+    return add_actors(videos, Annotator, config.resources, config.videos_at_once, config=config)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -50,6 +51,7 @@ from pipelines.schema import (
     VideoRow,
     add_actors,
     batched,
+    check_at_once,
     end_if_empty,
     frame_member,
     npy_bytes,
@@ -125,9 +127,13 @@ class CropsConfig:
     gate: LandmarkGate = LandmarkGate()
     """When a frame's landmarks are believed."""
     resources: StageResources = field(default_factory=lambda: StageResources(memory_gb=1.5))
-    """One actor works on one video at a time."""
+    """Of an actor; with ``fan`` give it a share of a GPU."""
+    videos_at_once: int = 1
+    """Videos that one actor works on side by side, each with a decoder of its own, so that their frames fill the batches of
+    ``fan``; for GPUs, 2 to 8. Memory and CPUs are needed for all of them."""
 
     def __post_init__(self) -> None:
+        check_at_once(self.videos_at_once, self.landmarker, ("fan",))
         if not 16 <= self.size <= 4096:
             raise ValueError(f"size must be between 16 and 4096 pixels, got {self.size}")
         if not 1 <= self.jpeg_quality <= 100:
@@ -455,7 +461,10 @@ class Cropper:
 
     def __init__(self, config: CropsConfig, decoder: DecoderConfig | None = None) -> None:
         self.config = config
-        self.decoder = Decoder(decoder)
+        self.decoders: SimpleQueue[Decoder] = SimpleQueue()
+        """Those that no video uses now."""
+        for _ in range(config.videos_at_once):
+            self.decoders.put(Decoder(decoder))
         self.landmarker = landmarkers.load_landmarker(config.landmarker, fan=config.fan)
         use_one_thread()
 
@@ -465,10 +474,16 @@ class Cropper:
 
     def crop(self, video: Video, members: list[Member]) -> tuple[Video, list[Member]]:
         """The stage on an unpacked row; all members of the stages before it are snapshots."""
-        video, cuts = cut(video, self.decoder, self.landmarker, self.config)
+        decoder = self.decoders.get()
+        try:
+            video, cuts = cut(video, decoder, self.landmarker, self.config)
+        finally:
+            self.decoders.put(decoder)
         return video, [*members, *cuts]
 
 
 def add_crops(videos: Dataset, config: CropsConfig, decoder: DecoderConfig) -> Dataset:
     """Append the stage to a plan over :class:`VideoRow`."""
-    return add_actors(videos, Cropper, config.resources, config=config, decoder=decoder)
+    return add_actors(
+        videos, Cropper, config.resources, config.videos_at_once, config=config, decoder=decoder
+    )

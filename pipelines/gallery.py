@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from pipelines import shards, snapshots, storage
 from pipelines.schema import STAGES
+from pipelines.shelf import Row, Shelf, places, quoted
 from pipelines.timemap import Relation
 
 ALBUM = "report/snapshots.parquet"
@@ -143,12 +144,52 @@ class Choice:
     """``shift`` and ``timeline`` of the videos that ``rejects`` belong to, by key."""
 
 
-def choose(output: str, ledger: pa.Table) -> Choice:
+LEDGER_COLUMNS = (
+    "kind", "key", "identity", "video", "split", "state", "stage", "cause", "detail", "frames", "start", "end",
+)  # fmt: skip
+"""The short ones, less ``dropped``."""
+
+
+def shelve_ledger(output: str) -> Shelf:
+    """The ledger's short columns as the table ``ledger``, in its order, and frames that tracks dropped as ``dropped``."""
+    columns = quoted(LEDGER_COLUMNS)
+    ledger = Shelf(
+        f"CREATE TABLE ledger ({columns})",
+        "CREATE TABLE dropped (key, cause, number)",
+        f"CREATE TABLE rejects ({columns})",
+    )
+    for batch in shards.ledger_batches(output, [*LEDGER_COLUMNS, "dropped"]):
+        values = (batch[name].to_pylist() for name in LEDGER_COLUMNS)
+        insert = f"INSERT INTO ledger VALUES ({places(LEDGER_COLUMNS)})"
+        ledger.add(insert, zip(*values, strict=True))
+        lost = zip(batch["key"].to_pylist(), batch["dropped"].to_pylist(), strict=True)
+        each = ((key, cause, number) for key, causes in lost for cause, number in causes)
+        ledger.add("INSERT INTO dropped VALUES (?, ?, ?)", each)
+    ledger.do("CREATE INDEX people ON ledger (identity)")
+    # what was rejected once somebody had seen it: tracks, and videos that have none
+    ledger.do(
+        "WITH gone AS (SELECT *, identity || '-' || video AS owner FROM ledger "
+        f"WHERE state <> 'published' AND stage NOT IN ({places(NO_PICTURE)})) "
+        f"INSERT INTO rejects SELECT {columns} FROM gone WHERE kind = 'track' "
+        "OR owner NOT IN (SELECT owner FROM gone WHERE kind = 'track')",
+        NO_PICTURE,
+    )
+    return ledger
+
+
+def some(ledger: Shelf, query: str, values: Sequence[Any], limit: int) -> list[Row]:
+    """At most so many of the rows that a query finds, evenly spaced from the first to the last."""
+    (count,) = ledger.one(f"SELECT COUNT(*) FROM ({query})", values) or (0,)
+    chosen = set(spread(count, limit))
+    return [row for place, row in enumerate(ledger.rows(query, values)) if place in chosen]
+
+
+def choose(output: str, ledger: Shelf) -> Choice:
     """Decide what to show; the same ledger gives the same choice.
 
     Args:
         output: dataset URI.
-        ledger: of it, without its long columns.
+        ledger: of it, :func:`shelve_ledger`.
     """
     rejects = choose_rejects(ledger)
     add_scores(output, [row for _, _, rows in rejects for row in rows])
@@ -187,26 +228,17 @@ def choose(output: str, ledger: pa.Table) -> Choice:
     return Choice(rejects=rejects, strips=strips, num_strips=total, lines=lines)
 
 
-def choose_rejects(ledger: pa.Table) -> list[tuple[str, int, list[dict[str, Any]]]]:
+def choose_rejects(ledger: Shelf) -> list[tuple[str, int, list[dict[str, Any]]]]:
     """(cause, number, some rows from all over the list) of what was rejected: tracks, and videos that have none."""
-    gone = ledger.filter(pc.invert(pc.equal(ledger["state"], "published")))
-    gone = gone.filter(pc.invert(pc.is_in(gone["stage"], pa.array(NO_PICTURE))))
-    names = pc.binary_join_element_wise(gone["identity"], gone["video"], "-")
-    gone = gone.append_column("owner", names)
-    is_track = pc.equal(gone["kind"], "track")
-    tracks = gone.filter(is_track)
-    videos = gone.filter(pc.invert(is_track))
-    videos = videos.filter(pc.invert(pc.is_in(videos["owner"], tracks["owner"].combine_chunks())))
-    rows = pa.concat_tables([tracks, videos])
-    causes = rows.group_by(["stage", "cause"]).aggregate([("key", "count")]).to_pylist()
+    query = "SELECT stage, cause, COUNT(*) FROM rejects GROUP BY stage, cause"
     order = {name: place for place, name in enumerate(STAGES)}
-    causes.sort(key=lambda row: (order.get(row["stage"], len(order)), row["cause"]))
+    causes = sorted(ledger.rows(query), key=lambda row: (order.get(row[0], len(order)), row[1]))
     chosen = []
-    for row in causes[:MAX_CAUSES]:
-        same = pc.and_(pc.equal(rows["stage"], row["stage"]), pc.equal(rows["cause"], row["cause"]))
-        those = rows.filter(same).sort_by("key")
-        taken = those.take(pa.array(spread(those.num_rows, PER_CAUSE), pa.int64())).to_pylist()
-        chosen.append((f"{row['stage']}: {row['cause']}", row["key_count"], taken))
+    for stage, cause, count in causes[:MAX_CAUSES]:
+        query = "SELECT * FROM rejects WHERE stage = ? AND cause = ? ORDER BY key"
+        taken = some(ledger, query, (stage, cause), PER_CAUSE)
+        rows = [dict(zip(LEDGER_COLUMNS, row, strict=True)) for row in taken]
+        chosen.append((f"{stage}: {cause}", count, rows))
     return chosen
 
 

@@ -33,6 +33,7 @@ from pipelines.schema import (
     VideoRow,
     add_actors,
     batched,
+    check_at_once,
     end_if_empty,
     frame_member,
     npy_array,
@@ -97,9 +98,13 @@ class IdentitiesConfig:
     test_share: float = 0.05
     """Share of the identities kept for testing, by hash of the name, where the list has no official split."""
     resources: StageResources = field(default_factory=lambda: StageResources(memory_gb=1.0))
-    """One actor works on one video at a time."""
+    """Of an actor; with ``arcface`` give it a share of a GPU."""
+    videos_at_once: int = 1
+    """Videos that one actor works on side by side, so that their faces fill the network's batches; for GPUs, 2 to 8. Not with
+    ``dlib``. Memory is needed for all of them."""
 
     def __post_init__(self) -> None:
+        check_at_once(self.videos_at_once, self.embedder, ("mobilefacenet", "arcface"))
         for name in ("min_frame_cosine", "min_video_cosine"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a cosine from 0 to 1, got {getattr(self, name)}")
@@ -480,15 +485,20 @@ def find_twins(means: Mapping[str, Vectors], threshold: float) -> list[Twins]:
     names = sorted(means)
     if len(names) < 2 or threshold >= 1:
         return []
-    table = np.stack([means[name] for name in names])
     found = []
-    for start in range(0, len(names), IDENTITIES_AT_ONCE):
-        cosines = np.round(table[start : start + IDENTITIES_AT_ONCE] @ table.T, DECIMALS)
+    for first, second in itertools.combinations_with_replacement(
+        range(0, len(names), IDENTITIES_AT_ONCE), 2
+    ):
+        ones, others = (names[start : start + IDENTITIES_AT_ONCE] for start in (first, second))
+        left, right = (np.stack([means[name] for name in some]) for some in (ones, others))
+        cosines = np.round(left @ right.T, DECIMALS)
         for row, column in np.argwhere(cosines >= threshold).tolist():
-            if start + row < column:
-                one, other = names[start + row], names[column]
-                found.append(Twins(one=one, other=other, cosine=float(cosines[row, column])))
-    return found
+            if first + row < second + column:
+                pair = Twins(
+                    one=ones[row], other=others[column], cosine=float(cosines[row, column])
+                )
+                found.append(pair)
+    return sorted(found, key=lambda pair: (pair.one, pair.other))
 
 
 def side_of(splits: Mapping[str, str], identity: str, video: str) -> str:
@@ -609,4 +619,6 @@ class IdentityEmbedder:
 
 def add_embeddings(videos: Dataset, config: IdentitiesConfig) -> Dataset:
     """Append the stage to a plan over :class:`VideoRow`."""
-    return add_actors(videos, IdentityEmbedder, config.resources, config=config)
+    return add_actors(
+        videos, IdentityEmbedder, config.resources, config.videos_at_once, config=config
+    )

@@ -23,7 +23,6 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from models.frozen import weights
@@ -33,6 +32,7 @@ from pipelines import (
     crops,
     download,
     identities,
+    memory,
     quality,
     report,
     shards,
@@ -43,6 +43,7 @@ from pipelines import (
 from pipelines.output import ConfigError, NothingUsableError, flatten, require_same_recipe
 from pipelines.progress import Progress
 from pipelines.schema import OFF_GPU_NODES, SCHEMA_VERSION, VIDEOS_IN_FLIGHT, Video, batched, to_row
+from pipelines.shelf import Shelf, places, quoted
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -61,6 +62,9 @@ OPERATIONAL = (
     "plan_videos",
     "stop_after",
     "replay",
+    "crops.videos_at_once",
+    "identities.videos_at_once",
+    "annotate.videos_at_once",
     "tracks.decoder.deadline_seconds",
     "tracks.decoder.videos_per_child",
 )
@@ -346,9 +350,10 @@ def run(config: PreprocessConfig, videos: Iterable[Video], progress: Progress) -
         NothingUsableError: nothing passed; ledger and report are written all the same. Or the canary failed.
     """
     started = time.perf_counter()
+    memory.use_system_pool()
     prepare(config)
-    keys, stage_seconds, new_videos = process(config, videos, progress)
-    manifest, retryable = publish(config, keys, progress)
+    listed, stage_seconds, new_videos = process(config, videos, progress)
+    manifest, retryable = publish(config, listed, progress)
     if not config.keep_work and not retryable:
         drop_work(config.output)
     return Outcome(
@@ -424,25 +429,74 @@ def require_canary(config: download.DownloadConfig) -> None:
         )
 
 
+class Listed:
+    """Keys of all videos of the list, and of those that an earlier run has answered for. On disk."""
+
+    def __init__(self) -> None:
+        self._shelf = Shelf(
+            "CREATE TABLE listed (key PRIMARY KEY, identity) WITHOUT ROWID",
+            "CREATE TABLE answered (key PRIMARY KEY, kind) WITHOUT ROWID",
+        )
+
+    def __len__(self) -> int:
+        return self._count("listed")
+
+    def __iter__(self) -> Iterator[str]:
+        """Sorted by identity, and not by key alone: ``a-b`` with ``c`` comes between two videos of ``a``."""
+        return self._keys("SELECT key FROM listed ORDER BY identity, key")
+
+    def by_key(self) -> Iterator[str]:
+        """Sorted by key."""
+        return self._keys("SELECT key FROM listed ORDER BY key")
+
+    def add(self, videos: Iterable[Video]) -> None:
+        """Videos of the list; one that is listed twice counts once."""
+        rows = ((video.key, video.identity) for video in videos)
+        self._shelf.add("INSERT OR REPLACE INTO listed VALUES (?, ?)", rows)
+
+    def answer(self, answers: Iterable[tuple[str, str]]) -> int:
+        """(key, ``done``, ``failed`` or ``published``) of videos; how many have an answer by now. The last one counts."""
+        self._shelf.add("INSERT OR REPLACE INTO answered VALUES (?, ?)", answers)
+        return self._count("answered")
+
+    def answer_for(self, key: str) -> str:
+        """What there is for one video; empty: nothing."""
+        found = self._shelf.one("SELECT kind FROM answered WHERE key = ?", (key,))
+        return str(found[0]) if found else ""
+
+    def lost(self) -> str:
+        """The first video that was answered for and is not listed; empty when there is none."""
+        query = "SELECT key FROM answered WHERE key NOT IN (SELECT key FROM listed) ORDER BY key"
+        found = self._shelf.one(query)
+        return str(found[0]) if found else ""
+
+    def _keys(self, query: str) -> Iterator[str]:
+        return (key for (key,) in self._shelf.rows(query))
+
+    def _count(self, table: str) -> int:
+        (count,) = self._shelf.one(f"SELECT COUNT(*) FROM {table}") or (0,)
+        return int(count)
+
+
 def process(
     config: PreprocessConfig, videos: Iterable[Video], progress: Progress
-) -> tuple[list[str], dict[str, float], int]:
+) -> tuple[Listed, dict[str, float], int]:
     """Run every video of the list that has no commit yet, window by window.
 
     Returns:
-        keys of all videos of the list, sorted by identity, seconds by stage summed over the videos run now, and their number.
+        all videos of the list, seconds by stage summed over the videos run now, and their number.
     """
-    done, failed = shards.committed(config.output)
-    published = set() if done or failed else published_keys(config.output)
-    finished = done | published
+    listed = Listed()
+    has_work = listed.answer(shards.committed(config.output))
+    is_over = not has_work and listed.answer(published(config.output))
     takedowns = shards.read_takedowns(config.output)
-    owners: dict[str, str] = {}
     seconds: Counter[str] = Counter()
     count = 0
     for window in batched(videos, config.window):
-        owners |= {video.key: video.identity for video in window}
-        progress.listed(len(owners))
-        again = [video.key for video in window if video.key in failed]
+        listed.add(window)
+        progress.listed(len(listed))
+        answers = {video.key: listed.answer_for(video.key) for video in window}
+        again = [key for key, kind in answers.items() if kind == "failed"]
         attempts = {
             commit.video.key: commit.video.attempts
             for commit in shards.load_commits(config.output, again)
@@ -450,12 +504,13 @@ def process(
         todo = [
             shards.honour(replace(video, attempts=attempts.get(video.key, 0) + 1), takedowns)
             for video in window
-            if video.key not in finished and attempts.get(video.key, 0) < config.max_attempts
+            if answers[video.key] in ("", "failed")
+            and attempts.get(video.key, 0) < config.max_attempts
         ]
         progress.skipped(len(window) - len(todo))
         if not todo:
             continue
-        if published:
+        if is_over:
             raise ConfigError(
                 f"--output {config.output}: published without {todo[0].key} and its work folder is gone; "
                 "make a new --output, and give --keep-work where lists will grow"
@@ -464,50 +519,48 @@ def process(
             progress.video(row)
             seconds.update(json.loads(row["seconds"]))
             count += 1
-    if missing := sorted(published.difference(owners)):
+        memory.give_back()
+    if is_over and (missing := listed.lost()):
         raise ConfigError(
-            f"--output {config.output}: published with {missing[0]}, which the list no longer has, and its work "
+            f"--output {config.output}: published with {missing}, which the list no longer has, and its work "
             "folder is gone; take videos out with jobs/dataset.py takedown, or make a new --output"
         )
-    # not by key alone: ``a-b`` with ``c`` comes between two videos of ``a``
-    keys = sorted(owners, key=lambda key: (owners[key], key))
-    return keys, dict(seconds), count
+    return listed, dict(seconds), count
 
 
-def published_keys(output: str) -> set[str]:
-    """Keys of the videos that a published dataset has an answer for; empty when nothing is published."""
-    if not storage.exists(storage.join(output, shards.MANIFEST)):
-        return set()
-    ledger = shards.read_ledger(output)
-    videos = ledger.filter(pc.equal(ledger["kind"], "video"))
-    return set(videos["key"].to_pylist())
+def published(output: str) -> Iterator[tuple[str, str]]:
+    """(key, ``published``) of the videos that a published dataset has an answer for, whatever it is; none before."""
+    if storage.exists(storage.join(output, shards.MANIFEST)):
+        for batch in shards.ledger_batches(output, ["kind", "key"]):
+            for key in batch.filter(pc.equal(batch["kind"], "video"))["key"].to_pylist():
+                yield key, "published"
 
 
 def publish(
-    config: PreprocessConfig, keys: list[str], progress: Progress
+    config: PreprocessConfig, listed: Listed, progress: Progress
 ) -> tuple[dict[str, Any], int]:
     """Filter identities, pack shards, write index, ledger, report and at last the manifest.
 
     Args:
         config: of the run.
-        keys: of all videos of the list, sorted by identity; each has a commit, or the dataset is already published.
+        listed: all videos of the list; each has a commit, or the dataset is already published.
         progress: told of each packed shard.
 
     Returns:
         the manifest, and how many failed videos the next run will try again.
     """
     output = config.output
-    list_sha256 = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
+    list_sha256 = digest_of(listed.by_key())
     before: dict[str, Any] = {}
     version_before = shards.manifest_version(output)
     if storage.exists(storage.join(output, shards.MANIFEST)):
         before = shards.read_manifest(output)
-        done, failed = shards.committed(output)
-        if before["list_sha256"] == list_sha256 and not done and not failed:
+        if before["list_sha256"] == list_sha256 and not any(shards.committed(output)):
             return before, 0
-    samples, copies, means = gather(shards.load_commits(output, keys), config)
+    samples, copies, means = gather(shards.load_commits(output, listed), config)
     twins = identities.find_twins(means, config.identities.twin_threshold)
     splits, gone = identities.settle(samples, copies, twins, config.identities)
+    memory.give_back()
     plans, buckets = shards.plan_shards(
         samples.kept(splits, gone), config.shards.target_mb, before.get("buckets", {})
     )
@@ -521,13 +574,14 @@ def publish(
 
     def ledger() -> Iterator[dict[str, Any]]:
         nonlocal retryable
-        for commit in shards.load_commits(output, sorted(set(keys))):
+        for commit in shards.load_commits(output, listed.by_key()):
             video = commit.video
             retryable += video.state == "failed" and video.attempts < config.max_attempts
             for row in shards.ledger_rows(commit, decisions(commit, splits, gone)):
                 yield tally.see(row)
 
     shards.write_ledger(ledger(), output)
+    memory.give_back()
     listing = [
         {
             "name": record["name"],
@@ -561,12 +615,13 @@ def publish(
         "index": shards.write_index_tables(indexed, output) if records else {},
         "tools": tool_versions(),
     }
+    memory.give_back()
     report.write(output, manifest)
     if not records:
         causes = manifest["counts"]["causes"]["videos"]
         reasons = ", ".join(f"{count} × {cause}" for cause, count in causes.items())
         raise NothingUsableError(
-            f"all {len(keys)} videos were rejected ({reasons}); see {storage.join(output, report.PAGE)}"
+            f"all {len(listed)} videos were rejected ({reasons}); see {storage.join(output, report.PAGE)}"
         )
     shards.write_manifest(manifest, output, version_before)
     named = {shard["name"] for shard in listing}
@@ -576,40 +631,65 @@ def publish(
     return manifest, retryable
 
 
-SAMPLE_SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("key", "identity", "video", "split", "sha256")),
-        *((name, pa.uint64()) for name in ("address", "content")),
-        *((name, pa.int64()) for name in ("frames", "offset", "length")),
-    ]
+def digest_of(keys: Iterable[str]) -> str:
+    """sha256 of keys, a line each."""
+    digest = hashlib.sha256()
+    for place, key in enumerate(keys):
+        digest.update(f"\n{key}".encode() if place else key.encode())
+    return digest.hexdigest()
+
+
+SAMPLE_COLUMNS = (
+    "key",
+    "identity",
+    "video",
+    "split",
+    "sha256",
+    "address",
+    "content",
+    "frames",
+    "offset",
+    "length",
 )
 
 
-@dataclass(frozen=True)
 class Samples:
-    """What publication keeps in mind of every sample that may be published: a table, without vectors and hashes.
+    """What publication must know of every sample that may be published, without vectors and hashes. On disk, sorted by identity.
 
-    Objects of Python take twenty times as much, 14 KB a sample (benchmarks/README.md).
+    ``address`` and ``content`` stand for the video's URL and sha256.
     """
 
-    table: pa.Table
-    """Of :data:`SAMPLE_SCHEMA`, sorted by identity. ``address`` and ``content`` stand for the video's URL and sha256."""
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Rows of the table, one after the other."""
-        for batch in self.table.to_batches(max_chunksize=1024):
-            yield from batch.to_pylist()
+    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Args:
+        rows: of :data:`SAMPLE_COLUMNS`, sorted by identity.
+        """
+        self._shelf = Shelf(
+            f"CREATE TABLE samples ({quoted(SAMPLE_COLUMNS)})",
+            "CREATE TABLE shared (source PRIMARY KEY) WITHOUT ROWID",
+        )
+        values = (tuple(row[name] for name in SAMPLE_COLUMNS) for row in rows)
+        self._shelf.add(f"INSERT INTO samples VALUES ({places(SAMPLE_COLUMNS)})", values)
+        self._shelf.do(
+            "INSERT INTO shared SELECT source FROM ("
+            "SELECT address AS source, identity FROM samples UNION SELECT content, identity FROM samples"
+            ") WHERE source GROUP BY source HAVING COUNT(*) > 1"
+        )
 
     def __iter__(self) -> Iterator[identities.Candidate]:
-        """Candidates without vectors."""
-        for row in self.rows():
+        """Candidates without vectors, with those sources only that two identities have: others decide nothing."""
+        shared = (
+            f"CASE WHEN {name} IN (SELECT source FROM shared) THEN {name} ELSE 0 END"
+            for name in ("address", "content")
+        )
+        query = f"SELECT key, identity, video, frames, split, {', '.join(shared)} FROM samples ORDER BY rowid"
+        for key, identity, video, frames, split, *sources in self._shelf.rows(query):
             yield identities.Candidate(
-                key=row["key"],
-                identity=row["identity"],
-                video=row["video"],
-                sources=(row["address"], row["content"]),
-                frames=row["frames"],
-                split=row["split"],
+                key=key,
+                identity=identity,
+                video=video,
+                sources=tuple(sources),
+                frames=frames,
+                split=split,
                 embedding=(),
             )
 
@@ -617,12 +697,21 @@ class Samples:
         self, splits: Mapping[str, str], gone: identities.Reasons
     ) -> Iterator[tuple[str, str, shards.Slice]]:
         """(split, identity, where it lies) of the samples that are not gone."""
-        for row in self.rows():
-            if row["key"] not in gone:
-                part = f"{row['identity']}-{row['video']}"
-                place = {name: row[name] for name in ("key", "sha256", "offset", "length")}
-                side = identities.side_of(splits, row["identity"], row["video"])
-                yield side, row["identity"], shards.Slice(part=part, **place)
+        query = 'SELECT identity, video, key, sha256, "offset", length FROM samples ORDER BY rowid'
+        for identity, video, key, *place in self._shelf.rows(query):
+            if key not in gone:
+                sha256, offset, length = place
+                yield (
+                    identities.side_of(splits, identity, video),
+                    identity,
+                    shards.Slice(
+                        key=key,
+                        part=f"{identity}-{video}",
+                        sha256=sha256,
+                        offset=offset,
+                        length=length,
+                    ),
+                )
 
 
 def gather(
@@ -661,10 +750,7 @@ def gather(
             if staying := [track for track in single if track.key not in gone]:
                 means[identity] = identities.mean(staying)
 
-    batches = [
-        pa.RecordBatch.from_pylist(some, schema=SAMPLE_SCHEMA) for some in batched(rows(), 4096)
-    ]
-    return Samples(pa.Table.from_batches(batches, schema=SAMPLE_SCHEMA)), gone, means
+    return Samples(rows()), gone, means
 
 
 def candidates_of(commit: shards.Commit) -> Iterator[identities.Candidate]:
@@ -689,11 +775,11 @@ def candidates_of(commit: shards.Commit) -> Iterator[identities.Candidate]:
 
 def short_hash(text: str) -> int:
     """64 bits that stand for a text; 0 for none."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) if text else 0
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], signed=True) if text else 0
 
 
 def sample_row(commit: shards.Commit, track: identities.Candidate) -> dict[str, Any]:
-    """A row of :data:`SAMPLE_SCHEMA`."""
+    """A row of :data:`SAMPLE_COLUMNS`."""
     offset, length = commit.slices[track.key]
     address, content = track.sources
     return {

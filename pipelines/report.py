@@ -7,11 +7,11 @@ is capped says so: the page of a million videos is as long as that of a hundred.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from models.frozen.parsing import Labels, ParsingLabel
 from pipelines import gallery, shards, snapshots, storage
 from pipelines.annotate import decode_labels
-from pipelines.gallery import spread
+from pipelines.gallery import some
 from pipelines.schema import STAGES, npy_array
+from pipelines.shelf import Shelf
 
 PAGE = "report/index.html"
 
@@ -38,13 +39,6 @@ EXAMPLES = 3
 MAX_CHARACTERS = 200
 """Of one text from a list or a tool."""
 BINS = 30
-
-# fmt: off
-COLUMNS = [
-    "kind", "key", "identity", "video", "split", "state", "stage", "cause", "detail", "frames", "dropped", "start", "end",
-]
-# fmt: on
-"""Of the ledger; its long columns are read one at a time, not to hold all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +110,7 @@ def write(output: str, manifest: Mapping[str, Any]) -> None:
         output: dataset URI; its ledger is written, and its shards and index where anything is published.
         manifest: as ``dataset.json`` will hold it.
     """
-    ledger = shards.read_ledger(output, COLUMNS)
+    ledger = gallery.shelve_ledger(output)
     chosen = choose(ledger)
     choice = gallery.choose(output, ledger)
     album = gallery.gather(output, choice)
@@ -133,7 +127,7 @@ def rebuild(output: str) -> None:
         shards.DatasetError: it is not a dataset, or one of these or a shard is missing or damaged.
     """
     manifest = shards.read_manifest(output)
-    ledger = shards.read_ledger(output, COLUMNS)
+    ledger = gallery.shelve_ledger(output)
     shards.read_index(output)  # whole, as the manifest says
     chosen = choose(ledger)
     choice, album = gallery.choose(output, ledger), gallery.read_album(output)
@@ -145,8 +139,8 @@ def rebuild(output: str) -> None:
 class Found:
     """Everything but the manifest that the page is made from."""
 
-    ledger: pa.Table
-    """Its :data:`COLUMNS`."""
+    ledger: Shelf
+    """Of :func:`pipelines.gallery.shelve_ledger`."""
     choice: gallery.Choice
     album: pa.Table
     sheets: list[dict[str, Any]]
@@ -169,14 +163,12 @@ def _write_page(output: str, manifest: Mapping[str, Any], found: Found) -> None:
     environment.filters["thousands"] = lambda number: f"{number:,}"
     environment.filters["short"] = _short
     environment.filters["letters"] = _letters
-    read = partial(shards.read_ledger, output)
-    versions = _column(read(["kind", "versions"]), "versions")
     page = environment.get_template("report.html.jinja").render(
         manifest=manifest,
         colours=STAGE_ORDER,
         bars=funnel(manifest["counts"]),
         causes=cause_tables(manifest["counts"]["causes"], ledger),
-        histograms=histograms(gate_scores(output), manifest["config"]),
+        histograms=histograms(output, manifest["config"]),
         sheets=found.sheets,
         legend=legend(found.sheets),
         strips=gallery.draw_strips(choice, pictures),
@@ -185,7 +177,7 @@ def _write_page(output: str, manifest: Mapping[str, Any], found: Found) -> None:
         rejects_per_cause=gallery.PER_CAUSE,
         stages=stage_seconds(shards.ledger_batches(output, ["kind", "seconds"])),
         commit=_commit(output),
-        versions=[_short(text) for text in versions.unique().to_pylist()[:5]],
+        versions=[_short(text) for text in itertools.islice(versions(output), 5)],
     )
     storage.write_atomic(storage.join(output, PAGE), page.encode())
 
@@ -202,36 +194,29 @@ def _commit(output: str) -> str:
 # --- what the ledger says -------------------------------------------------------------------------------------
 
 
-def _rows(ledger: pa.Table, kind: str, published: bool) -> pa.Table:
-    is_published = pc.equal(ledger["state"], "published")
-    state = is_published if published else pc.invert(is_published)
-    return ledger.filter(pc.and_(pc.equal(ledger["kind"], kind), state))
+def versions(output: str) -> Iterator[str]:
+    """Each text of versions that some video has, once."""
+    seen: set[str] = set()
+    for batch in shards.ledger_batches(output, ["kind", "versions"]):
+        own = batch.filter(pc.equal(batch["kind"], "video"))["versions"]
+        for text in filter(None, own.unique().to_pylist()):
+            if text not in seen:
+                seen.add(text)
+                yield text
 
 
-def _column(ledger: pa.Table, name: str) -> pa.ChunkedArray:
-    """A column of the rows of videos, without empty texts."""
-    column = ledger.filter(pc.equal(ledger["kind"], "video"))[name]
-    return column.filter(pc.not_equal(column, ""))
-
-
-def _some(table: pa.Table, limit: int) -> list[dict[str, Any]]:
-    places = pa.array(spread(table.num_rows, limit), pa.int64())
-    return list(table.take(places).to_pylist())
-
-
-def choose(ledger: pa.Table) -> dict[str, int]:
+def choose(ledger: Shelf) -> dict[str, int]:
     """The published samples that the page shows: a few of each of a few identities, from all splits.
 
     Returns:
         by key, the number of all published samples of the same identity.
     """
-    tracks = _rows(ledger, "track", published=True).select(["split", "identity", "key"])
-    names = tracks.group_by(["split", "identity"]).aggregate([])
-    names = names.sort_by([("split", "ascending"), ("identity", "ascending")])
+    is_shown = "FROM ledger WHERE kind = 'track' AND state = 'published'"
+    query = f"SELECT DISTINCT split, identity {is_shown} ORDER BY split, identity"
     chosen: dict[str, int] = {}
-    for name in _some(names, MAX_IDENTITIES):
-        own = tracks.filter(pc.equal(tracks["identity"], name["identity"])).sort_by("key")
-        chosen |= {row["key"]: own.num_rows for row in _some(own, TRACKS_PER_IDENTITY)}
+    for _, identity in some(ledger, query, (), MAX_IDENTITIES):
+        query = f"SELECT key, COUNT(*) OVER () {is_shown} AND identity = ? ORDER BY key"
+        chosen |= dict(some(ledger, query, (identity,), TRACKS_PER_IDENTITY))
     return chosen
 
 
@@ -301,24 +286,25 @@ def most_frequent(causes: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def cause_tables(
-    causes: Mapping[str, Mapping[str, int]], ledger: pa.Table
+    causes: Mapping[str, Mapping[str, int]], ledger: Shelf
 ) -> dict[str, list[dict[str, Any]]]:
     """For videos, tracks and frames: each cause with its count and a few examples from all over the list."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for kind in ("videos", "tracks"):
-        rows = _rows(ledger, kind.removesuffix("s"), published=False)
         tables[kind] = []
         for cause, count in most_frequent(causes[kind]):
             stage, _, reason = cause.partition(": ")
-            same = pc.and_(pc.equal(rows["stage"], stage), pc.equal(rows["cause"], reason))
-            examples = [(row["key"], row["detail"]) for row in _some(rows.filter(same), EXAMPLES)]
+            query = (
+                "SELECT key, detail FROM ledger WHERE kind = ? AND state <> 'published' "
+                "AND stage = ? AND cause = ? ORDER BY rowid"
+            )
+            examples = some(ledger, query, (kind.removesuffix("s"), stage, reason), EXAMPLES)
             tables[kind].append({"cause": cause, "count": count, "examples": examples})
-    rows = ledger.filter(pc.equal(ledger["kind"], "track"))
     tables["frames"] = []
     for cause, count in most_frequent(causes["frames"]):
-        numbers = pc.map_lookup(rows["dropped"], cause, "first")
-        some = rows.append_column("number", numbers).filter(pc.is_valid(numbers))
-        examples = [(row["key"], f"{row['number']} frames") for row in _some(some, EXAMPLES)]
+        query = "SELECT key, number FROM dropped WHERE cause = ? ORDER BY rowid"
+        found = some(ledger, query, (cause,), EXAMPLES)
+        examples = [(key, f"{number} frames") for key, number in found]
         tables["frames"].append({"cause": cause, "count": count, "examples": examples})
     return tables
 
@@ -362,32 +348,30 @@ class Histogram:
     others: int
 
 
-def gate_scores(output: str) -> dict[tuple[str, bool], NDArray[np.float64]]:
-    """By (score of :data:`GATES`, whether they are published): that score of all tracks that have it."""
-    found: dict[tuple[str, bool], list[NDArray[np.float64]]] = {
-        (gate.score, state): [np.zeros(0)] for gate in GATES for state in (True, False)
-    }
+def gate_scores(output: str, score: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """One score of all tracks that have it: of the published, and of the others."""
+    found: tuple[list[NDArray[np.float64]], ...] = ([np.zeros(0)], [np.zeros(0)])
     for batch in shards.ledger_batches(output, ["kind", "state", "scores"]):
-        table = pa.Table.from_batches([batch])
-        for (score, state), values in found.items():
-            values.append(_scores(_rows(table, "track", published=state), score))
-    return {gate: np.concatenate(values) for gate, values in found.items()}
+        tracks = batch.filter(pc.equal(batch["kind"], "track"))
+        is_published = pc.equal(tracks["state"], "published")
+        for values, some_tracks in zip(found, (is_published, pc.invert(is_published)), strict=True):
+            values.append(_scores(tracks.filter(some_tracks), score))
+    published, others = map(np.concatenate, found)
+    return published, others
 
 
-def histograms(
-    scores: Mapping[tuple[str, bool], NDArray[np.float64]], config: Mapping[str, Any]
-) -> list[Histogram]:
-    """A histogram over all tracks for each of :data:`GATES` that any track has a score for."""
+def histograms(output: str, config: Mapping[str, Any]) -> list[Histogram]:
+    """A histogram over all tracks for each of :data:`GATES` that any track has a score for; one at a time is in mind."""
     drawn = []
     for gate in GATES:
-        published, others = scores[gate.score, True], scores[gate.score, False]
+        published, others = gate_scores(output, gate.score)
         if published.size + others.size:
             threshold = float(config.get(gate.threshold, 0.0))
             drawn.append(histogram(gate, published, others, threshold))
     return drawn
 
 
-def _scores(tracks: pa.Table, name: str) -> NDArray[np.float64]:
+def _scores(tracks: pa.RecordBatch, name: str) -> NDArray[np.float64]:
     values = pc.map_lookup(tracks["scores"], name, "first").drop_null()
     found = np.asarray(values.to_numpy(), dtype=np.float64)
     return found[np.isfinite(found)]
@@ -452,6 +436,20 @@ def _axis(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A thumb as the page holds it: a twentieth of the pixels' bytes."""
+
+    time: float
+    """Seconds."""
+    jpeg: str
+    """Base64, for a ``data:`` address."""
+    overlay_jpeg: str
+    """The same of the frame with its labels; empty where there are none."""
+    seen: frozenset[ParsingLabel]
+    """Labels in ``overlay_jpeg``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Thumb:
     """A small picture of one frame with its landmarks drawn."""
 
@@ -465,14 +463,10 @@ class Thumb:
     """Labels in ``overlay``."""
 
     @property
-    def jpeg(self) -> str:
-        """Base64 of ``image`` as a JPEG, for a ``data:`` address."""
-        return _jpeg(self.image)
-
-    @property
-    def overlay_jpeg(self) -> str:
-        """Base64 of ``overlay``; empty where there is none."""
-        return _jpeg(self.overlay) if self.overlay.size else ""
+    def shown(self) -> Shown:
+        """Both pictures as JPEGs."""
+        overlay = _jpeg(self.overlay) if self.overlay.size else ""
+        return Shown(time=self.time, jpeg=_jpeg(self.image), overlay_jpeg=overlay, seen=self.seen)
 
 
 def _jpeg(image: NDArray[np.uint8]) -> str:
@@ -511,8 +505,11 @@ def contact_sheets(
     )
     names = [sample["identity"] for sample in ordered]
     first = [name not in names[:place] for place, name in enumerate(names)]
+
+    def read(sample: Mapping[str, Any], labelled: bool) -> list[Shown]:
+        return [thumb.shown for thumb in read_thumbs(output, sample, labelled)]
+
     with ThreadPoolExecutor(8) as pool:
-        read = partial(read_thumbs, output)
         pictures = list(pool.map(read, ordered, first))
     sheets: dict[str, dict[str, Any]] = {}
     for sample, thumbs in zip(ordered, pictures, strict=True):

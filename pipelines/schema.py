@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
@@ -403,6 +403,16 @@ class StageResources:
             )
 
 
+def check_at_once(videos_at_once: int, network: str, sharing: Collection[str]) -> None:
+    """Raises ``ValueError`` unless it is one video, or a network that several can share."""
+    if videos_at_once < 1:
+        raise ValueError(f"videos_at_once must be at least 1, got {videos_at_once}")
+    if videos_at_once > 1 and network not in sharing:
+        raise ValueError(
+            f"videos_at_once is {videos_at_once}, but {network} shares nothing between videos; it is for {', '.join(sharing)}"
+        )
+
+
 Stage = Callable[[Video, list[Member]], tuple[Video, list[Member]]]
 """What a stage does to one video. Expected trouble becomes ``reject``; anything raised is our fault."""
 
@@ -452,7 +462,7 @@ take a video in no time grew with every handful that came at once, and ended the
 
 
 def add_actors(
-    videos: Dataset, actor: type, resources: StageResources, **arguments: Any
+    videos: Dataset, actor: type, resources: StageResources, at_once: int = 1, **arguments: Any
 ) -> Dataset:
     """Append a stage to a plan: each row goes through one actor of a pool that grows while it is the bottleneck.
 
@@ -460,6 +470,7 @@ def add_actors(
         videos: plan over :class:`VideoRow`.
         actor: class whose instances take a row and return a row.
         resources: of one actor, and how many there may be.
+        at_once: videos that one actor works on, each in a thread. More than one for actors that share a network between them.
         arguments: of its constructor.
     """
     import ray.data
@@ -471,7 +482,9 @@ def add_actors(
             min_size=max(resources.min_actors, 1),
             initial_size=max(resources.first_actors, resources.min_actors, 1),
             max_size=resources.max_actors,
-            max_tasks_in_flight_per_actor=VIDEOS_IN_FLIGHT,
+            max_tasks_in_flight_per_actor=VIDEOS_IN_FLIGHT * at_once,
+            max_concurrent_calls_per_actor=at_once,
+            enable_true_multi_threading=at_once > 1,
         ),
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,

@@ -45,6 +45,7 @@ from pipelines.schema import (
     reject,
     to_json,
 )
+from pipelines.shelf import Shelf, places, quoted
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -60,7 +61,7 @@ MAX_SPANS = 100
 """Of a video, in the ledger."""
 TAR_BLOCK = tarfile.BLOCKSIZE
 TAR_END = b"\0" * (2 * TAR_BLOCK)
-PLANS_AT_ONCE = 256
+PLANS_AT_ONCE = 64
 """Shards of one Ray Data plan: bounds what the driver and the object store hold of them."""
 
 
@@ -270,16 +271,17 @@ def _slim(video: Video) -> Video:
     return replace(video, spans=spans, tracks=tracks, timeline=line)
 
 
-def committed(output: str) -> tuple[set[str], set[str]]:
-    """Keys of videos that are finished, and of those that failed and may be tried again."""
-    done, failed = set(), set()
+def committed(output: str) -> Iterator[tuple[str, str]]:
+    """(key, ``done`` or ``failed``) of every video with a commit; a failed one may be tried again.
+
+    One that was done at a later try comes twice, the second time as done.
+    """
     for name in storage.names_by_folder(storage.join(output, WORK, "parts")):
         stem = name.rsplit("/", 1)[-1]
-        if stem.endswith(".failed.json"):
-            failed.add(stem.removesuffix(".failed.json"))
+        if stem.endswith(".failed.json"):  # sorts before .json
+            yield stem.removesuffix(".failed.json"), "failed"
         elif stem.endswith(".json"):
-            done.add(stem.removesuffix(".json"))
-    return done, failed - done
+            yield stem.removesuffix(".json"), "done"
 
 
 def load_commits(output: str, keys: Iterable[str], threads: int = 16) -> Iterator[Commit]:
@@ -378,26 +380,44 @@ def bucket_of(identity: str, buckets: int) -> int:
     return int.from_bytes(digest[:8]) % buckets
 
 
-PLANNED_SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("split", "identity", "key", "part", "sha256")),
-        *((name, pa.int64()) for name in ("offset", "length")),
-    ]
-)
+SLICE_COLUMNS = tuple(field.name for field in dataclasses.fields(Slice))
 
 
-@dataclass(frozen=True, kw_only=True)
 class ShardPlans(Sequence[ShardPlan]):
-    """The plans of all shards: a table, of which each plan is cut when it is asked for."""
+    """The plans of all shards, on disk; each is made when it is asked for. As objects a sample would take 500 bytes."""
 
-    table: pa.Table
-    """Of :data:`PLANNED_SCHEMA` with a column ``bucket``, sorted by split, bucket and key. 160 bytes a sample, as
-    objects it would be 500."""
-    starts: tuple[int, ...]
-    """First row of each plan, and the number of rows."""
+    def __init__(
+        self, kept: Iterable[tuple[str, str, Slice]], target_mb: float, buckets: Mapping[str, int]
+    ) -> None:
+        """Args: see :func:`plan_shards`."""
+        columns = ("split", "identity", *SLICE_COLUMNS)
+        self._shelf = Shelf(
+            f"CREATE TABLE kept ({quoted(columns)})",
+            f"CREATE TABLE planned (split, bucket, {quoted(SLICE_COLUMNS)})",
+        )
+        self._shelf.add(
+            f"INSERT INTO kept VALUES ({places(columns)})",
+            ((split, identity, *dataclasses.astuple(item)) for split, identity, item in kept),
+        )
+        self.buckets = dict(buckets)
+        """Number of shards by split."""
+        for split, total in self._shelf.rows("SELECT split, SUM(length) FROM kept GROUP BY split"):
+            count = max(1, round(total / (target_mb * 2**20)))
+            self.buckets.setdefault(split, count)
+        find = lru_cache(4096)(bucket_of)
+        self._shelf.define("bucket", lambda split, identity: find(identity, self.buckets[split]))
+        self._shelf.do(
+            f"INSERT INTO planned SELECT split, bucket(split, identity) AS number, {quoted(SLICE_COLUMNS)} "
+            "FROM kept ORDER BY split, number, key"
+        )
+        groups = self._shelf.rows(
+            "SELECT split, bucket, MIN(rowid), MAX(rowid) FROM planned GROUP BY split, bucket ORDER BY MIN(rowid)"
+        )
+        self._plans = tuple(groups)
+        """(split, bucket, first and last row) of each."""
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self._plans)
 
     @overload
     def __getitem__(self, place: int) -> ShardPlan: ...
@@ -406,11 +426,13 @@ class ShardPlans(Sequence[ShardPlan]):
     def __getitem__(self, place: int | slice) -> ShardPlan | list[ShardPlan]:
         if isinstance(place, slice):
             return [self[index] for index in range(len(self))[place]]
-        start, end = self.starts[:-1][place], self.starts[1:][place]
-        first, *_ = rows = self.table.slice(start, end - start).to_pylist()
-        names = [field.name for field in dataclasses.fields(Slice)]
-        slices = tuple(Slice(**{name: row[name] for name in names}) for row in rows)
-        return ShardPlan(split=first["split"], bucket=first["bucket"], slices=slices)
+        split, bucket, first, last = self._plans[place]
+        query = f"SELECT {quoted(SLICE_COLUMNS)} FROM planned WHERE rowid BETWEEN ? AND ? ORDER BY rowid"
+        slices = tuple(
+            Slice(**dict(zip(SLICE_COLUMNS, row, strict=True)))
+            for row in self._shelf.rows(query, (first, last))
+        )
+        return ShardPlan(split=split, bucket=bucket, slices=slices)
 
 
 def plan_shards(
@@ -426,30 +448,8 @@ def plan_shards(
     Returns:
         plans sorted by (split, bucket), samples inside sorted by key; and the number of shards by split.
     """
-    batches = []
-    for some in batched(kept, 4096):
-        rows = [
-            dataclasses.asdict(item) | {"split": split, "identity": identity}
-            for split, identity, item in some
-        ]
-        batches.append(pa.RecordBatch.from_pylist(rows, PLANNED_SCHEMA))
-    table = pa.Table.from_batches(batches, PLANNED_SCHEMA)
-    numbers = dict(buckets)
-    for total in table.group_by("split").aggregate([("length", "sum")]).to_pylist():
-        count = max(1, round(total["length_sum"] / (target_mb * 2**20)))
-        numbers.setdefault(total["split"], count)
-    find = lru_cache(4096)(bucket_of)
-    placed = [
-        pa.array(map(find, names, map(numbers.__getitem__, splits)), pa.int64())
-        for names, splits in (
-            (batch["identity"].to_pylist(), batch["split"].to_pylist()) for batch in batches
-        )
-    ]
-    table = table.append_column("bucket", pa.chunked_array(placed, pa.int64()))
-    table = table.sort_by([(name, "ascending") for name in ("split", "bucket", "key")])
-    groups = table.group_by(["split", "bucket"], use_threads=False).aggregate([("key", "count")])
-    starts = itertools.accumulate(groups["key_count"].to_pylist(), initial=0)
-    return ShardPlans(table=table, starts=tuple(starts)), numbers
+    plans = ShardPlans(kept, target_mb, buckets)
+    return plans, plans.buckets
 
 
 def pack(plan: ShardPlan, output: str) -> dict[str, Any]:
@@ -617,10 +617,8 @@ def pack_all(
     """
     import ray.data
 
-    for some in batched(plans, PLANS_AT_ONCE):
-        dataset = ray.data.from_items(
-            [{"plan": plan.to_json()} for plan in some], override_num_blocks=len(some)
-        ).map(
+    for rows in batched(({"plan": plan.to_json()} for plan in plans), PLANS_AT_ONCE):
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             _pack_row,  # type: ignore[arg-type]
             fn_kwargs={"output": output},
             num_cpus=config.resources.num_cpus,
@@ -695,6 +693,10 @@ LEDGER_SCHEMA = pa.schema(
         ("versions", pa.string()),
     ]
 )
+
+
+LEDGER_ROWS = 1024
+"""Rows of the ledger that are held at once, to write or to read: one takes some 3 KB as an object."""
 
 
 def write_index(records: Iterable[Mapping[str, Any]], output: str) -> dict[str, Any]:
@@ -859,8 +861,8 @@ def write_ledger(rows: Iterable[dict[str, Any]], output: str) -> None:
     with tempfile.TemporaryDirectory(prefix="headray-ledger-") as folder:
         local = Path(folder) / "ledger.parquet"
         with pq.ParquetWriter(local, LEDGER_SCHEMA, compression="zstd") as writer:
-            for batch in batched(rows, 4096):
-                writer.write_table(pa.Table.from_pylist(list(batch), schema=LEDGER_SCHEMA))
+            for batch in batched(rows, LEDGER_ROWS):
+                writer.write_table(pa.Table.from_pylist(batch, schema=LEDGER_SCHEMA))
         storage.put_file(local, storage.join(output, LEDGER))
 
 
@@ -877,7 +879,7 @@ def ledger_batches(output: str, columns: list[str] | None = None) -> Iterator[pa
     uri = storage.join(output, LEDGER)
     try:
         with storage.local_file(uri) as local, pq.ParquetFile(local) as file:
-            yield from file.iter_batches(4096, columns=columns)
+            yield from file.iter_batches(LEDGER_ROWS, columns=columns)
     except FileNotFoundError:
         raise DatasetError(f"{uri}: no ledger; has jobs/preprocess.py finished there?") from None
     except (pa.ArrowException, OSError) as error:

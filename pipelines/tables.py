@@ -30,8 +30,9 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 import numpy as np
 import pyarrow
-from pyarrow import compute, parquet
+from pyarrow import parquet
 
+from pipelines import shelf
 from pipelines.download import public_url
 from pipelines.listing import (
     ANNOTATION_FPS,
@@ -229,18 +230,13 @@ def vox_metadata_row(line: Line, url_template: str) -> dict[str, Any]:
 
 
 def sorted_rows(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows by identity, video and line. They wait as an Arrow table, about 250 bytes each."""
-    schema = pyarrow.schema(
-        [(name, pyarrow.large_string()) for name in ROW_COLUMNS] + [("line", pyarrow.int64())]
-    )
-    batches = []
-    while chunk := list(itertools.islice(rows, 20_000)):
-        batches.append(pyarrow.RecordBatch.from_pylist(chunk, schema))
-    table = pyarrow.Table.from_batches(batches, schema)
-    by = [(name, "ascending") for name in ("identity", "video", "line")]
-    order = compute.sort_indices(table, by)
-    windows = (order.slice(start, 20_000) for start in range(0, len(order), 20_000))
-    return (row for window in windows for row in table.take(window).to_pylist())
+    """Rows by identity, video and line. They wait on disk."""
+    columns = (*ROW_COLUMNS, "line")
+    waiting = shelf.Shelf(f"CREATE TABLE rows ({shelf.quoted(columns)})")
+    values = (tuple(row[name] for name in columns) for row in rows)
+    waiting.add(f"INSERT INTO rows VALUES ({shelf.places(columns)})", values)
+    found = waiting.rows("SELECT * FROM rows ORDER BY identity, video, line")
+    return (dict(zip(columns, row, strict=True)) for row in found)
 
 
 def _assemble(video: Video, rows: Iterator[dict[str, Any]], where: str, folder: str) -> Video:

@@ -345,10 +345,10 @@ def _marked_rows(output: str, takedowns: Takedowns) -> Iterator[dict[str, Any]]:
 
 def _clean_work(output: str, marked: Sequence[Mapping[str, Any]], takedowns: Takedowns) -> None:
     """Take them out of the work folder, where there is one, and out of reports that were given to MLflow."""
-    done, failed = shards.committed(output)
+    left = dict(shards.committed(output))
     for row in marked:
         video = _rejected(row, takedowns)
-        if video.key in done | failed:
+        if video.key in left:
             shards.commit(video, [], output, {})
             for extension in ("tar", "failed.json"):
                 storage.remove(shards.part_uri(output, video.key, extension))

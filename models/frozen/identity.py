@@ -8,12 +8,14 @@ their 68 landmarks and cut their own small, aligned picture (*chip*) from them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.frozen.chips import fit_similarity, warp
+from models.frozen.together import Together
 from models.frozen.weights import find
 
 if TYPE_CHECKING:
@@ -136,12 +138,16 @@ class MobileFaceNetEmbedder:
         from models.frozen.mobilefacenet import load_mobilefacenet
 
         self.network = load_mobilefacenet(find("mobilefacenet"))
+        self.vectors = Together(partial(_batches, self._embedding, device="cpu"))
+
+    def _embedding(self, x: torch.Tensor) -> torch.Tensor:
+        embedding: torch.Tensor = self.network((x - 127.5) / 128)
+        return embedding
 
     def embed(self, crops: Sequence[Image], landmarks: NDArray[np.floating]) -> NDArray[np.float32]:
         """See :class:`Embedder`."""
         chips = [mobilefacenet_chip(*pair) for pair in zip(crops, landmarks, strict=True)]
-        vectors = _batches(lambda x: self.network((x - 127.5) / 128), chips, "cpu")
-        return _unit(vectors, self.dimension)
+        return _unit(self.vectors(chips), self.dimension)
 
 
 class ArcFaceEmbedder:
@@ -162,6 +168,11 @@ class ArcFaceEmbedder:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         network = load_identity_network("arcface", random_init=random_init)
         self.network = network.to(self.device)
+        self.vectors = Together(partial(_batches, self._embedding, device=self.device))
+
+    def _embedding(self, x: torch.Tensor) -> torch.Tensor:
+        embedding: torch.Tensor = self.network.embedding(x / 127.5 - 1)
+        return embedding
 
     def embed(self, crops: Sequence[Image], landmarks: NDArray[np.floating]) -> NDArray[np.float32]:
         """See :class:`Embedder`."""
@@ -171,8 +182,7 @@ class ArcFaceEmbedder:
             warp(crop, fit_similarity(five_points(points), network.points), (width, height))
             for crop, points in zip(crops, landmarks, strict=True)
         ]
-        vectors = _batches(lambda x: network.embedding(x / 127.5 - 1), chips, self.device)
-        return _unit(vectors, self.dimension)
+        return _unit(self.vectors(chips), self.dimension)
 
 
 def five_points(landmarks: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import cv2
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.frozen.chips import fit_similarity, invert, warp
+from models.frozen.together import Together
 from models.frozen.weights import find
 
 if TYPE_CHECKING:
@@ -142,6 +144,11 @@ class BisenetParser:
         self.network = network.to(self.device)
         self.mean = torch.tensor(IMAGENET_MEAN, device=self.device)[:, None, None]
         self.std = torch.tensor(IMAGENET_STD, device=self.device)[:, None, None]
+        self.classify = Together(partial(classify, self._logits, device=self.device))
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network((x / 255 - self.mean) / self.std)
+        return logits
 
     def parse(
         self,
@@ -151,9 +158,7 @@ class BisenetParser:
     ) -> list[Labels]:
         """See :class:`Parser`."""
         pictures = [_resize(crop, BISENET_SIZE, cv2.INTER_AREA) for crop in crops]
-        found = classify(
-            lambda x: self.network((x / 255 - self.mean) / self.std), pictures, self.device
-        )
+        found = self.classify(pictures)
         return [
             _resize(labels, crop.shape[0], cv2.INTER_NEAREST) * shown
             for labels, crop, shown in zip(found, crops, inside, strict=True)
@@ -174,6 +179,11 @@ class Unet19Parser:
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.network = load_unet19(find("unet19")).to(self.device)
+        self.classify = Together(partial(classify, self._logits, device=self.device))
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(x / 127.5 - 1)
+        return logits
 
     def parse(
         self,
@@ -185,7 +195,7 @@ class Unet19Parser:
         size = (UNET19_SIZE, UNET19_SIZE)
         matrices = [unet19_matrix(points) for points in landmarks]
         chips = [warp(crop, matrix, size) for crop, matrix in zip(crops, matrices, strict=True)]
-        found = classify(lambda x: self.network(x / 127.5 - 1), chips, self.device)
+        found = self.classify(chips)
         parsed = []
         for outputs, matrix, shown in zip(found, matrices, inside, strict=True):
             labels = by_side(UNET19_LABELS[outputs])

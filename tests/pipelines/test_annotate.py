@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,11 +31,13 @@ from pipelines.schema import (
     Cause,
     Member,
     Video,
+    VideoRow,
     from_row,
     reject_track,
     to_row,
 )
 from tests.datasets import CROP, made_video, make_dataset
+from tests.material import SHARED, needs_shared
 
 CONFIG = AnnotateConfig()
 
@@ -140,3 +143,36 @@ def test_commits_and_shards_keep_labels_beside_their_frames(tmp_path: Path):
         offset, length = row["offsets"][6], row["sizes"][6]
         assert tar[offset : offset + length] == png
         assert decode_labels(png).any()
+
+
+@pytest.mark.real
+@needs_shared
+def test_videos_side_by_side_are_labelled_as_alone_and_a_bad_one_fails_alone(monkeypatch):
+    monkeypatch.setenv("HEADRAY_WEIGHTS", str(SHARED / "weights"))
+    annotator = Annotator(AnnotateConfig(parser="unet19", videos_at_once=4))
+    rows = []
+    for number in range(5):
+        video, members = made_video(f"id{number:02d}", "v0", tracks=1, frames=1 + number)
+        if number == 2:
+            members = [
+                (name, b"no picture" if name.endswith(".jpg") else data) for name, data in members
+            ]
+        plain = [member for member in members if not member[0].endswith(".png")]
+        rows.append(to_row(video, plain))
+
+    def outcome(row: VideoRow) -> tuple[Video, list[Member]]:
+        video, members = from_row(annotator(row))
+        return replace(video, seconds={}), members
+
+    expected = [outcome(row) for row in rows]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(outcome, rows)) == expected
+    assert [video.cause for video, _ in expected] == ["", "", Cause.CRASH.value, "", ""]
+    assert all(sum(name.endswith(".png") for name, _ in members) for _, members in expected[3:])
+
+
+def test_a_parser_that_runs_no_batches_has_nothing_to_share() -> None:
+    with pytest.raises(ValueError, match="geometric shares nothing"):
+        AnnotateConfig(videos_at_once=2)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        AnnotateConfig(videos_at_once=0)

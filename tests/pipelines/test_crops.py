@@ -434,7 +434,7 @@ def test_the_actor_does_what_cut_does(astronaut, cut):
     config = CropsConfig(min_inside=0.2)
     cropper = crops.Cropper(config)
     done, members = from_row(cropper(to_row(video)))
-    cropper.decoder.close()
+    cropper.decoders.get().close()
     expected, expected_members = cut(video)
     assert done.seconds["crops"] > 0
     assert done.stage_frames == {"crops": FRAMES}

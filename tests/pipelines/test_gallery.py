@@ -43,7 +43,7 @@ def test_who_is_shown_depends_on_the_ledger_and_not_on_its_order(tmp_path: Path)
     for name, some in (("one", rows), ("other", shuffled)):
         output = str(tmp_path / name)
         shards.write_ledger(some, output)
-        choice = gallery.choose(output, shards.read_ledger(output, report.COLUMNS))
+        choice = gallery.choose(output, gallery.shelve_ledger(output))
         assert [(cause, total, len(shown)) for cause, total, shown in choice.rejects] == [
             ("crop: small window", 20, gallery.PER_CAUSE),
             ("quality: blurred", 20, gallery.PER_CAUSE),
@@ -71,7 +71,7 @@ def test_a_reject_is_shown_with_its_window_value_and_threshold(tmp_path: Path) -
             rejected(2, Cause.CROP_SMALL, inside=0.9, window_side=165.4),
         ],
     )
-    choice = gallery.choose(output, shards.read_ledger(output, report.COLUMNS))
+    choice = gallery.choose(output, gallery.shelve_ledger(output))
     pictures = gallery.as_pictures(gallery.read_album(output))
     outside, small = sorted(
         gallery.draw_rejects(choice, pictures, CONFIG), key=lambda group: group.shown[0].key
@@ -124,7 +124,7 @@ def test_what_has_no_window_is_shown_by_its_nearest_frame(tmp_path: Path) -> Non
         str(tmp_path),
         [(gone, frames), (unseen, [(snapshots.only("id01-v1"), datasets.face_jpeg(64, 0, 3))])],
     )
-    choice = gallery.choose(str(tmp_path), shards.read_ledger(str(tmp_path), report.COLUMNS))
+    choice = gallery.choose(str(tmp_path), gallery.shelve_ledger(str(tmp_path)))
     pictures = gallery.as_pictures(gallery.read_album(str(tmp_path)))
     groups = {group.cause: group for group in gallery.draw_rejects(choice, pictures, CONFIG)}
     first, second = groups["track: short"].shown
@@ -153,7 +153,7 @@ def test_a_time_line_says_what_is_where(tmp_path: Path) -> None:
             )
         ],
     )
-    choice = gallery.choose(str(tmp_path), shards.read_ledger(str(tmp_path), report.COLUMNS))
+    choice = gallery.choose(str(tmp_path), gallery.shelve_ledger(str(tmp_path)))
     pictures = gallery.as_pictures(gallery.read_album(str(tmp_path)))
     (strip,) = gallery.draw_strips(choice, pictures)
 
@@ -210,7 +210,7 @@ def test_time_maps_put_the_doubtful_first(tmp_path: Path) -> None:
         video: Video = made_video("id01", f"v{number}", tracks=0, shift=shift)[0]
         made.append((reject(video, Cause.TIMELINE_EDITED), []))
     make_dataset(str(tmp_path), made)
-    choice = gallery.choose(str(tmp_path), shards.read_ledger(str(tmp_path), report.COLUMNS))
+    choice = gallery.choose(str(tmp_path), gallery.shelve_ledger(str(tmp_path)))
     assert [row["key"][-2:] for row in choice.strips] == ["v1", "v3", "v0", "v2"]
     assert choice.num_strips == 4
 
@@ -279,7 +279,7 @@ def test_a_large_list_of_pictures_that_do_not_compress_gives_a_page_that_can_be_
         "counts": tally.counts(), "splits": tally.splits(), "members": datasets.CROP,
         "shards": [], "tools": {},
     }  # fmt: skip
-    ledger = shards.read_ledger(output, report.COLUMNS)
+    ledger = gallery.shelve_ledger(output)
     thumb = report.Thumb(
         image=draw.integers(0, 256, (160, 160, 3), dtype=np.uint8),
         time=1.0,
@@ -287,7 +287,12 @@ def test_a_large_list_of_pictures_that_do_not_compress_gives_a_page_that_can_be_
         seen=frozenset(),
     )
     tracks = [
-        {"key": "k", "frames": 1, "scores": {}, "thumbs": [replace(thumb, overlay=overlay)] * 6}
+        {
+            "key": "k",
+            "frames": 1,
+            "scores": {},
+            "thumbs": [replace(thumb, overlay=overlay).shown] * 6,
+        }
         for overlay in (thumb.overlay, np.zeros((0, 0, 3), np.uint8))
     ]
     sheets: list[dict[str, Any]] = [

@@ -81,8 +81,8 @@ def test_list_that_lost_a_video_is_refused_once_the_work_is_gone(dataset: str) -
     storage.remove(storage.join(dataset, shards.WORK))
     with pytest.raises(ConfigError, match=videos[0].key):
         preprocess.process(config_of(dataset), videos[1:], quiet())
-    keys, _, count = preprocess.process(config_of(dataset), videos, quiet())
-    assert (len(keys), count) == (len(videos), 0)
+    found, _, count = preprocess.process(config_of(dataset), videos, quiet())
+    assert (len(found), count) == (len(videos), 0)
 
 
 def test_killed_while_the_work_folder_goes_nothing_is_done_again(
@@ -123,10 +123,11 @@ def test_videos_are_gathered_by_identity_in_whatever_order_the_list_has_them(
     videos = [Video(identity=identity, video=video) for identity, video in names]
     for video in videos:
         shards.commit(reject(video, Cause.DOWNLOAD_NOT_FOUND, ""), [], output, {})
-    keys, _, _ = preprocess.process(config_of(output), videos, quiet())
-    assert keys == ["a-a", "a-z", "a-b-c", "b-x"]
-    samples, _, _ = preprocess.gather(shards.load_commits(output, keys), config_of(output))
-    assert samples.table.num_rows == 0
+    found, _, _ = preprocess.process(config_of(output), videos, quiet())
+    assert list(found) == ["a-a", "a-z", "a-b-c", "b-x"]
+    assert list(found.by_key()) == ["a-a", "a-b-c", "a-z", "b-x"]
+    samples, _, _ = preprocess.gather(shards.load_commits(output, found), config_of(output))
+    assert list(samples) == []
 
 
 def test_failed_video_is_tried_until_its_attempts_are_used(

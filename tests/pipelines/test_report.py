@@ -396,7 +396,7 @@ def page_of(output: str, people: int) -> tuple[int, set[str]]:
         "tools": {},
     }
     report.write(output, manifest)
-    return Path(output, report.PAGE).stat().st_size, report.choose(shards.read_ledger(output))
+    return Path(output, report.PAGE).stat().st_size, report.choose(gallery.shelve_ledger(output))
 
 
 def test_the_page_does_not_grow_with_the_list(tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_identities_that_are_not_shown_are_counted(tmp_path: Path) -> None:
 
 @given(count=st.integers(0, 10_000), limit=st.integers(1, 50))
 def test_spread_takes_the_ends_and_what_lies_between(count: int, limit: int) -> None:
-    places = report.spread(count, limit)
+    places = gallery.spread(count, limit)
     assert len(places) == min(count, limit)
     assert places == sorted(set(places))
     assert all(0 <= place < count for place in places)
