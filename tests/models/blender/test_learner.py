@@ -331,7 +331,8 @@ def turned(one: Window, degrees: float, scale: float, shift: float) -> Window:
         torch.from_numpy(cv2.warpAffine(labels, centred, size, flags=cv2.INTER_NEAREST))[None],
         torch.from_numpy(cv2.warpAffine(valid, centred, size, flags=cv2.INTER_NEAREST))[None],
     )  # fmt: skip
-    return Window(frame, (one.landmarks.double() @ matrix[:, :2].T + matrix[:, 2]).float())
+    linear, offset = torch.from_numpy(matrix).float().split([2, 1], dim=1)
+    return Window(frame, one.landmarks @ linear.T + offset[:, 0])
 
 
 def recoloured(one: Window, brightness: float, contrast: float, saturation: float) -> Window:
