@@ -134,7 +134,7 @@ class Follower:
                 if self._is_same_person(image, points, overlap, at):
                     self._box, self._seen = np.asarray(box, np.float64), at
                     return points, FOUND
-                self._box, doubt = None, "another person"
+                self._box, doubt = None, "not recognised"
             cause = cause or doubt
         return None, cause
 

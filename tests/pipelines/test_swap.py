@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,13 @@ def test_sound_and_clock_of_real_clips_stay(codec: Codec, tmp_path: Path) -> Non
     assert compared >= 8
 
 
+@cache
+def follow_clip(name: str) -> Followed:
+    """The face of a real clip, as a swap follows it."""
+    path = SHARED / "videos" / f"{name}.mp4"
+    return follow_video(FollowConfig(embedder="dlib"), path, name)
+
+
 @needs_shared
 @pytest.mark.real
 @pytest.mark.slow
@@ -302,7 +310,15 @@ def test_a_real_head_on_a_real_person(bundles: tuple[str, str], tmp_path: Path) 
     assert after.fps == pytest.approx(before.fps)
     assert np.allclose(frame_times(config.output), frame_times(target), atol=5.1e-4)
     assert np.array_equal(samples(config.output), samples(target))
-    plan = make_plan(config, target, SIZE, "m003_b")
+    seen = follow_clip("m003_b")
+    matrices, landmarks = steady(seen, SIZE, config.stiffness)
+    plan = Plan(
+        info=before,
+        times=seen.times,
+        causes=seen.causes,
+        matrices=matrices,
+        landmarks=landmarks,
+    )
     own, shown = read_some(target, (0, 30, 62)), read_some(config.output, (0, 30, 62))
     for swapped in swap_frames(load(config).swapper, plan, target, range(30, 31)):
         outside = beyond_reach(swapped)
@@ -373,10 +389,7 @@ def test_nothing_is_smoothed_across_a_cut_or_a_gap() -> None:
 
 def check_flicker(name: str) -> None:
     """At least three times less bend of all four parameters, and windows that are where the face is."""
-    path = SHARED / "videos" / f"{name}.mp4"
-    seen = follow_video(
-        SwapConfig(aligner="", blender="", target=("",), output="").faces, path, name
-    )
+    seen = follow_clip(name)
     found = np.flatnonzero([cause == FOUND for cause in seen.causes])
     points = seen.landmarks[found]
     indices = shot_indices(points, found)
@@ -477,7 +490,7 @@ def test_another_person_after_a_cut_is_not_taken() -> None:
     assert cause == FOUND
     assert first is not None
     follower._embedder = Never(follower._embedder, 360)  # type: ignore[assignment]
-    assert follower.find(frame(None, stranger), 2.0) == (None, "another person")
+    assert follower.find(frame(None, stranger), 2.0) == (None, "not recognised")
     both, cause = follower.find(frame(face, cv2.resize(stranger, (256, 256))), 2.1)
     assert cause == FOUND
     assert both is not None
