@@ -188,7 +188,7 @@ def on_one_machine(config: PreprocessConfig, cores: int) -> PreprocessConfig:
     sized = {}
     for name, share in SHARES.items():
         stage = getattr(config, name)
-        if not stage.resources.min_actors:
+        if not (stage.resources.min_actors or stage.resources.first_actors):
             actors = math.ceil(PROCESSES_A_CORE * share * cores) or 1
             most = stage.resources.max_actors if share else 1
             resources = replace(stage.resources, min_actors=min(actors, most), max_actors=most)

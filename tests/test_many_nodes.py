@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(1500)]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 ACCOUNT = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 NODE_CPUS = 6
-"""The plan wants 5.25; the node that is left must hold it."""
+"""The plan wants five; the node that is left must hold it."""
 SAMPLES = 40
 """Of the presets ``smoke``."""
 NOTICED_SOON = {"RAY_health_check_period_ms": "1000"}

@@ -131,13 +131,12 @@ def test_without_the_token_nothing_is_accepted(head: Head) -> None:
     assert status_of(head, "/api/jobs/", None, job) == 401
     assert status_of(head, "/api/jobs/", 64 * "0", job) == 403
     stranger = {name: value for name, value in head.environment.items() if "RAY_AUTH" not in name}
-    for mode in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": 64 * "0"}):  # fmt: skip
-        asked = subprocess.run(
-            [RAY, "status", f"--address={head.gcs}"],
-            env=stranger | mode, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert asked.returncode != 0
-        assert "InvalidAuthToken" in asked.stdout + asked.stderr
+    asked = subprocess.run(
+        [RAY, "status", f"--address={head.gcs}"],
+        env=stranger | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert asked.returncode != 0
+    assert "InvalidAuthToken" in asked.stdout + asked.stderr
 
 
 def test_the_dashboard_listens_on_the_head_alone(head: Head) -> None:

@@ -239,6 +239,10 @@ def test_a_pool_that_the_user_sized_stays() -> None:
     config = config_of("out", download=replace(DownloadConfig(), resources=wanted))
     assert preprocess.on_one_machine(config, 64).download.resources == wanted
     assert preprocess.on_fixed_cluster(config, [32, 32]).download.resources == wanted
+    begun = replace(DownloadConfig().resources, first_actors=1)
+    config = config_of("out", download=replace(DownloadConfig(), resources=begun))
+    assert preprocess.on_one_machine(config, 64).download.resources == begun
+    assert preprocess.on_fixed_cluster(config, [32, 32]).download.resources == begun
 
 
 @pytest.mark.parametrize("rooms", [[], [5.0], [6.0], [6.0, 6.0], [8.0, 8.0, 4.0], [16.0] * 6])
