@@ -173,9 +173,20 @@ def picture(preview: Tensor, columns: tuple[str, ...]) -> NDArray[np.uint8]:
         return np.ascontiguousarray(rows)
     head = np.full((20, rows.shape[1], 3), 255, np.uint8)
     for number, name in enumerate(columns):
-        own = head[:, number * width : (number + 1) * width]  # a long name ends with its column
-        cv2.putText(own, name, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+        _write_name(head[:, number * width : (number + 1) * width], name)
     return np.concatenate([head, rows], axis=0)
+
+
+def _write_name(head: NDArray[np.uint8], name: str) -> None:
+    """A column's name in its head, (20, w, 3): on two lines, smaller, where one is too narrow; never beyond the column."""
+    font, black = cv2.FONT_HERSHEY_SIMPLEX, (0, 0, 0)
+    if cv2.getTextSize(name, font, 0.4, 1)[0][0] <= head.shape[1] - 8:
+        cv2.putText(head, name, (4, 14), font, 0.4, black, 1, cv2.LINE_AA)
+        return
+    first, _, rest = name.partition(" ")
+    for line, bottom in ((first, 8), (rest, 18)):
+        fits = (head.shape[1] - 4) / max(cv2.getTextSize(line, font, 1.0, 1)[0][0], 1)
+        cv2.putText(head, line, (2, bottom), font, min(0.34, fits), black, 1, cv2.LINE_AA)
 
 
 def _png(image: NDArray[np.uint8]) -> bytes:

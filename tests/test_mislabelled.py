@@ -76,7 +76,9 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["dlib", "mobilefacenet"])
+@pytest.fixture(
+    scope="module", params=["dlib", pytest.param("mobilefacenet", marks=pytest.mark.soak)]
+)
 def dataset(
     videos: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

@@ -84,7 +84,7 @@ def test_a_storm_stops_everybody_until_it_is_over(site: VideoSite, tmp_path: Pat
     assert recovered - first >= PAUSE
     quiet = [b.time - a.time for a, b in itertools.pairwise(site.visits)]
     assert max(quiet) >= PAUSE, "nobody asked while the address waited"
-    assert recovered - (first + site.storm.seconds) < 30, "and went on soon after"
+    assert recovered - (first + site.storm.seconds) < 120, "and went on after"
     paused = (
         r"address node [\d.]+ is paused at 127\.0\.0\.1 \(rate limited, \d in a row\): .*under way"
     )

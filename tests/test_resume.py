@@ -110,7 +110,7 @@ def disturb(
     return killed, runs
 
 
-@pytest.mark.parametrize("who", ["driver", "actor", "worker"])
+@pytest.mark.parametrize("who", ["driver", "actor", pytest.param("worker", marks=pytest.mark.soak)])
 def test_killed_and_rerun_gives_the_same_bytes(
     who: str, corpus: Path, url: str, undisturbed: tuple[dict[str, str], float], tmp_path: Path
 ) -> None:

@@ -262,7 +262,7 @@ def test_processes_of_a_cluster_share_one_limiter_and_nodes_do_not_share_an_addr
     limits = ClusterLimiter("")
     assert limits.ask("site", manners).wait_seconds > 90
     ray.kill(ray.get_actor(ClusterLimiter.NAME, namespace=ClusterLimiter.NAMESPACE))
-    for _ in range(100):  # the kill may arrive after the next question
+    for _ in range(600):  # the kill may arrive after the next question
         if limits.ask("site", manners).wait_seconds == 0:
             return
         time.sleep(0.2)
@@ -272,12 +272,12 @@ def test_processes_of_a_cluster_share_one_limiter_and_nodes_do_not_share_an_addr
 @pytest.mark.slow
 def test_an_actor_that_nobody_asks_ends_itself(cluster: Any) -> None:
     class Hasty(LimiterActor):
-        IDLE_SECONDS = 4.0
+        IDLE_SECONDS = 6.0
 
     actor = cluster.remote(Hasty).options(max_restarts=-1, num_cpus=0).remote()
     assert cluster.get(actor.ask.remote("a", "site", Manners())) == Turn()
-    time.sleep(1)  # far from 4: the machine may be busy
+    time.sleep(1)  # far from 6: the machine may be busy
     assert cluster.get(actor.ask.remote("a", "site", Manners())) == Turn()
-    time.sleep(8)
+    time.sleep(10)
     with pytest.raises(cluster.exceptions.ActorDiedError):
-        cluster.get(actor.ask.remote("a", "site", Manners()), timeout=30)
+        cluster.get(actor.ask.remote("a", "site", Manners()), timeout=120)

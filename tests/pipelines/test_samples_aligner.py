@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,47 +41,22 @@ from pipelines.samples_aligner import (
     num_sources,
 )
 from pipelines.shards import DatasetError
-from tests.datasets import face_points, made_video, make_dataset
+from tests.datasets import face_points, make_dataset
 from tests.pipelines.test_storage import bucket as bucket  # the fixture
+from tests.streams import (
+    assert_all_same,
+    assert_same,
+    check_later,
+    check_shares,
+    join,
+    people,
+    take,
+)
+from tests.streams import dataset as dataset  # the fixture
 
 NO_AUGMENT = AugmentConfig(max_photometric=0, scale=0.0, shift=0.0)
 TINY = AlignerSamplesConfig(batch_size=6, output_size=64, encoder_size=32, max_sources=3, loaders=0)
 PLAIN = replace(TINY, flip=0.0, augment=NO_AUGMENT)
-TENSORS = [item.name for item in fields(AlignerBatch) if item.name != "keys"]
-
-
-def people() -> list[Any]:
-    """Three people with 1, 2 and 4 videos of unequal length to train on; two others to test."""
-    made = [made_video("anna", "v0", tracks=2, frames=3)]
-    made += [made_video("bert", f"v{n}", tracks=1, frames=5 + n) for n in range(2)]
-    made += [made_video("cleo", f"v{n}", tracks=1, frames=4 + 2 * n) for n in range(4)]
-    made += [made_video(name, "v0", split="test", tracks=1, frames=6) for name in ("dora", "emil")]
-    return made
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    output = str(tmp_path_factory.mktemp("dataset"))
-    make_dataset(output, people(), target_mb=0.05)
-    return output
-
-
-def take(batches: Iterator[AlignerBatch], count: int) -> list[AlignerBatch]:
-    return list(itertools.islice(batches, count))
-
-
-def join(parts: list[AlignerBatch]) -> AlignerBatch:
-    """Shares of ranks, one after the other."""
-    keys = [key for part in parts for key in part.keys]
-    return AlignerBatch(
-        keys=keys, **{name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
-    )
-
-
-def assert_same(one: AlignerBatch, other: AlignerBatch) -> None:
-    assert one.keys == other.keys
-    for name in TENSORS:
-        assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 def train(
@@ -95,16 +70,11 @@ def train(
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_shares_of_the_ranks_are_the_batch_of_one(dataset: str, world_size: int) -> None:
-    ranks = [take(train(TINY, dataset, 0, r, world_size), 3) for r in range(world_size)]
-    for step, whole in enumerate(take(train(TINY, dataset), 3)):
-        assert_same(join([batches[step] for batches in ranks]), whole)
+    check_shares(partial(train, TINY, dataset), world_size)
 
 
 def test_starting_later_is_skipping(dataset: str) -> None:
-    whole = take(train(TINY, dataset), 5)
-    for batch, wanted in zip(take(train(TINY, dataset, seen=18), 2), whole[3:], strict=True):
-        assert_same(batch, wanted)
-    assert len({key for batch in whole for key in batch.keys}) > 10
+    assert check_later(partial(train, TINY, dataset), TINY.batch_size) > 10
 
 
 def test_another_seed_is_another_stream(dataset: str) -> None:
@@ -121,8 +91,7 @@ def test_loaders_make_what_the_worker_makes(dataset: str, loaders: int) -> None:
     state = torch.get_rng_state()
     ahead = take(train(replace(TINY, loaders=loaders), dataset), 6)
     assert torch.equal(torch.get_rng_state(), state), "the loader took a number of the training's"
-    for batch, wanted in zip(ahead, take(train(TINY, dataset), 6), strict=True):
-        assert_same(batch, wanted)
+    assert_all_same(iter(ahead), train(TINY, dataset), 6)
 
 
 @pytest.mark.slow
@@ -131,10 +100,7 @@ def test_a_dataset_in_s3_gives_the_same_batches(dataset: str, bucket: str, loade
     target = f"{bucket}/{uuid.uuid4().hex}"
     make_dataset(target, people(), target_mb=0.05)
     config = replace(TINY, loaders=loaders)
-    for batch, wanted in zip(
-        take(train(config, target), 3), take(train(TINY, dataset), 3), strict=True
-    ):
-        assert_same(batch, wanted)
+    assert_all_same(train(config, target), train(TINY, dataset), 3)
 
 
 def test_held_out_samples_are_always_the_same(dataset: str) -> None:

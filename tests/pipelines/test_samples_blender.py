@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,39 +32,14 @@ from pipelines.samples_blender import (
 from pipelines.shards import DatasetError
 from tests.aligners import NETWORK
 from tests.datasets import made_video, make_dataset
+from tests.streams import assert_all_same, assert_same, check_later, check_shares
+from tests.streams import dataset as dataset  # the fixture
 
 SIZE = 64
 TINY = BlenderSamplesConfig(batch_size=6, output_size=SIZE, sources=2, loaders=0)
 UNCHANGED = {f"p_{name}": 0.0 for name in ("mirror", "other_frame", "noise", "background", "affine")}  # fmt: skip
 PLAIN = replace(TINY, pairs=PairConfig(**UNCHANGED, p_reenacted=0.5))
 ALIGNER = replace(NETWORK, size=SIZE, encoder_size=32, identity="mobilefacenet")
-
-
-def people() -> list[Any]:
-    """Three people with 1, 2 and 4 videos to train on, one of them with a track of one frame; two others to test."""
-    made = [made_video("anna", "v0", tracks=2, frames=3)]
-    made += [made_video("bert", f"v{n}", tracks=1, frames=5 + n) for n in range(2)]
-    made += [made_video("cleo", f"v{n}", tracks=1, frames=4 + 2 * n) for n in range(4)]
-    made += [made_video(name, "v0", split="test", tracks=1, frames=6) for name in ("dora", "emil")]
-    return made
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    output = str(tmp_path_factory.mktemp("dataset"))
-    make_dataset(output, people(), target_mb=0.05)
-    return output
-
-
-def take(batches: Iterator[BlenderBatch], count: int) -> list[BlenderBatch]:
-    return list(itertools.islice(batches, count))
-
-
-def assert_same(one: BlenderBatch, other: BlenderBatch) -> None:
-    assert one.keys == other.keys
-    assert one.tensors().keys() == other.tensors().keys()
-    for name, value in one.tensors().items():
-        assert torch.equal(value, other.tensors()[name]), name
 
 
 def train(
@@ -85,26 +60,22 @@ def train(
 
 @pytest.mark.parametrize("aligner", [None, ALIGNER], ids=["alone", "aligner"])
 def test_shares_of_the_ranks_are_the_batch_of_one(dataset: str, aligner: Any) -> None:
-    ranks = [take(train(TINY, dataset, aligner, 0, r, 3), 2) for r in range(3)]
-    for step, whole in enumerate(take(train(TINY, dataset, aligner), 2)):
-        assert_same(join([batches[step] for batches in ranks]), whole)
+    check_shares(partial(train, TINY, dataset, aligner), 3, steps=2)
 
 
 def test_starting_later_is_skipping(dataset: str) -> None:
-    whole = take(train(TINY, dataset), 4)
-    for batch, wanted in zip(take(train(TINY, dataset, seen=12), 2), whole[2:], strict=True):
-        assert_same(batch, wanted)
-    assert len({key for batch in whole for key in batch.keys}) > 10
-    assert next(train(replace(TINY, seed=1), dataset)).keys != whole[0].keys
+    assert check_later(partial(train, TINY, dataset, None), TINY.batch_size, skipped=2) > 10
+    assert next(train(replace(TINY, seed=1), dataset)).keys != next(train(TINY, dataset)).keys, (
+        "another seed is another stream"
+    )
 
 
 @pytest.mark.slow
 def test_loaders_make_what_the_worker_makes(dataset: str) -> None:
     """torch has run here before, with its threads: what a fork must survive."""
     torch.rand(500, 500) @ torch.rand(500, 500)
-    ahead = take(train(replace(TINY, loaders=3), dataset, ALIGNER), 4)
-    for batch, wanted in zip(ahead, take(train(TINY, dataset, ALIGNER), 4), strict=True):
-        assert_same(batch, wanted)
+    ahead = train(replace(TINY, loaders=3), dataset, ALIGNER)
+    assert_all_same(ahead, train(TINY, dataset, ALIGNER), 4)
 
 
 def test_held_out_samples_are_always_the_same(dataset: str) -> None:

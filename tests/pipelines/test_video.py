@@ -667,7 +667,7 @@ time.sleep(60)
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    child.wait(timeout=20)
+    child.wait(timeout=120)
 
 
 # The clips themselves
