@@ -6,8 +6,8 @@ neighbouring frames (:mod:`pipelines.flow`); then each point's path is fitted by
 shorter ones for lids and lips. All of it looks forward and back alike, so nothing lags.
 
 Windows that are cut around a face in every frame (swapping) have their own filter, the L1 trend filter (Kim et al. 2009) over
-centre, side and angle: as few and as small bends as can be had for what little the window strays from the face. A Gaussian of
-sigma 2 bends two to five times as much and strays as far (docs/log.md).
+centre, side and angle: as little bend as can be had for what the window strays from the face. A Gaussian that bends as little
+strays a third further where a head sways (docs/log.md).
 
 Only frames that are neighbours in the video are smoothed together: points of frames 0.2 s apart have nothing to do with each
 other's noise, and a blink between them is one frame. numpy and scipy only.
