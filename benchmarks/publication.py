@@ -64,7 +64,9 @@ class Dummies:
         video, _ = finished(Video(identity="id", video="v0"), b"")
         (self.track,) = video.tracks
         self.video = video
-        self.plans: dict[str, ShardPlan] = {}
+        self.plans: Sequence[ShardPlan] = ()
+        self.numbers: dict[str, int] = {}
+        """Of each plan, by its digest."""
 
     def identity(self, number: int) -> str:
         """Who is in a video."""
@@ -113,9 +115,10 @@ class Dummies:
         self, plans: Sequence[ShardPlan], _: str, __: ShardsConfig
     ) -> Iterator[dict[str, Any]]:
         """In the place of :func:`shards.pack_all`: nothing is packed."""
+        self.plans = plans
         for number in range(len(plans)):
             plan = plans[number]
-            self.plans[plan.digest] = plan
+            self.numbers[plan.digest] = number
             yield {
                 "name": f"{plan.split}-{plan.bucket:05d}-{plan.digest[:8]}.tar",
                 "split": plan.split,
@@ -127,7 +130,7 @@ class Dummies:
 
     def record(self, digest: str, _: str) -> Mapping[str, Any]:
         """In the place of :func:`shards.packed_record`: the rows of a shard's index."""
-        plan = self.plans.pop(digest)
+        plan = self.plans[self.numbers[digest]]
         members = [f"{index:06d}.jpg" for index in range(FRAMES)]
         samples = [
             {
