@@ -29,7 +29,11 @@ sys.path[0] = str(REPOSITORY)  # run as a script, its own folder would come firs
 
 from benchmarks import steps  # noqa: E402
 from models.aligner.learner import AlignerLearner, AlignerLearnerConfig  # noqa: E402
-from models.blender.learner import BlenderLearner, BlenderLearnerConfig  # noqa: E402
+from models.blender.learner import (  # noqa: E402
+    PERCEPTUAL_LAYERS,
+    BlenderLearner,
+    BlenderLearnerConfig,
+)
 from models.motion.learner import MotionLearner, MotionLearnerConfig  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -60,7 +64,8 @@ def paper_steps() -> Iterator[tuple[str, Callable[..., Any], Any, Any]]:
         aligner,
         steps.aligner_noise(aligner.network, 1, SOURCES, FACES),
     )
-    blender = BlenderLearnerConfig(random_init=True)
+    layers = len(PERCEPTUAL_LAYERS["vgg19"])
+    blender = BlenderLearnerConfig(random_init=True, perceptual_weights=(1 / layers,) * layers)
     yield "Blender, 512 px", BlenderLearner, blender, steps.blender_noise(blender.network.size, 1)
     for stage in (1, 2):
         motion = MotionLearnerConfig(random_init=True, stage=stage)
@@ -81,6 +86,18 @@ def matrix_product(side: int, dtype: torch.dtype) -> float:
         one @ other
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best
+
+
+def copy(mib: int = 1024) -> float:
+    """Bytes a second that a copy in memory reads and writes, the best of five."""
+    source = torch.rand(mib << 18)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - began)
+    return 2 * source.nbytes / best
 
 
 def count(learner: steps.Steps, batch: Any) -> int:
@@ -122,6 +139,7 @@ def main() -> None:
     Console(width=120).print(table)
     for precision, speed in best.items():
         print(f"matrix products, {precision}: {speed / 1e9:.0f} GFLOP/s")
+    print(f"copies in memory: {copy() / 1e9:.0f} GB/s")
 
 
 if __name__ == "__main__":
