@@ -57,7 +57,7 @@ class Head:
             )
         self.nodes.append(node)
         self.joined += 1
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while "Ray runtime started" not in Path(log.name).read_text():
             assert time.monotonic() < deadline, Path(log.name).read_text()
             time.sleep(0.3)
@@ -69,7 +69,7 @@ class Head:
             end_group(self.nodes.pop())
         while 1 + len(self.nodes) < num_nodes:
             self.join(num_cpus)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while len(self.alive()) != num_nodes:
             assert time.monotonic() < deadline, self.alive()
             time.sleep(0.5)
@@ -193,7 +193,7 @@ def submit(
     *arguments: str,
     job: str = "preprocess",
     env_vars: Mapping[str, str] | None = None,
-    timeout: float = 280,
+    timeout: float = 900,
 ) -> subprocess.CompletedProcess[str]:
     """The README's command, followed to its end."""
     command = [RAY, "job", "submit", "--working-dir", ".", "--submission-id", name]

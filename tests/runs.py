@@ -53,7 +53,7 @@ def run_job(
     name: str,
     *arguments: str,
     folder: Path,
-    timeout: float = 300,
+    timeout: float = 900,
     extra: dict[str, str] | None = None,
 ) -> tuple[int, str]:
     """Run a job to its end; returns its exit code and all it printed in this run."""

@@ -174,7 +174,7 @@ def tracking_server() -> Iterator[TrackingServer]:
             )  # fmt: skip
         server = TrackingServer(f"http://127.0.0.1:{port}", username, password, database, store)
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while not answers(server):
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()  # noqa: PT018
                 time.sleep(0.5)

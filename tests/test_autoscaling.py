@@ -211,7 +211,7 @@ def test_nodes_come_with_the_queue_and_go_after_it(tmp_path: Path) -> None:
         started = time.monotonic()
         done = subprocess.run(
             [sys.executable, str(script), url, str(tmp_path / "cache"), json.dumps(VIDEOS)],
-            env=head.environment | {"RAY_ADDRESS": head.gcs}, capture_output=True, text=True, timeout=400,
+            env=head.environment | {"RAY_ADDRESS": head.gcs}, capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         print(done.stdout)  # noqa: T201  # the timeline, with pytest -s
         print(f"{time.monotonic() - started:.0f} s")  # noqa: T201

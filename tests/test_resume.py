@@ -102,7 +102,7 @@ def disturb(
     draw = random.Random(seed)
     job = start_job("preprocess", *arguments(corpus, url, folder / "out"), folder=folder)
     killed = kill_at(job, who, seconds, draw)
-    code, runs = job.wait(300), 1
+    code, runs = job.wait(900), 1
     while code != 0:
         assert runs < 4, (folder / "preprocess.log").read_text()
         code, _ = run_job("preprocess", *arguments(corpus, url, folder / "out"), folder=folder)
@@ -201,7 +201,7 @@ def test_object_store_gets_the_same_bytes(
     wanted, duration = undisturbed
     job = start_job("preprocess", *flags, folder=tmp_path, extra=reach)
     kill_at(job, "driver", 0.7 * duration, random.Random(0))
-    job.wait(300)
+    job.wait(900)
     code, text = run_job("preprocess", *flags, folder=tmp_path, extra=reach)
     assert code == 0, text
     assert fingerprint(output) == wanted

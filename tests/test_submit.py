@@ -68,7 +68,7 @@ def test_failing_job_keeps_its_own_exit_code(head: Head, tmp_path: Path) -> None
 
 def kill_worker_after(head: Head, output: Path, killed: threading.Event) -> None:
     """``kill -9`` of the process that trains into ``output`` once it has written a checkpoint."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         if checkpoints.newest(str(output)):
             for process in psutil.Process(head.pid).children(recursive=True):

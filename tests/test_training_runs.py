@@ -176,7 +176,7 @@ def test_a_training_begins_with_one_worker_and_goes_on_with_two(
     work = toy_training(tmp_path / "out", samples, cluster=elastic, config=long)
 
     def await_start(number: int, size: int) -> None:
-        end = time.monotonic() + 150
+        end = time.monotonic() + 400
         while len(worlds.read_text().splitlines()) < number:
             assert time.monotonic() < end, worlds.read_text()
             time.sleep(0.2)

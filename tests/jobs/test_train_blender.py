@@ -146,7 +146,7 @@ def test_killed_and_rerun_ends_with_the_same_numbers(
         "train_blender", *arguments(tmp_path, people, aligner), "--training.checkpoint-every=10",
         folder=tmp_path, extra=ONE_THREAD,
     )  # fmt: skip
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not checkpoints.newest(str(tmp_path / "out")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(job.pid, signal.SIGKILL)

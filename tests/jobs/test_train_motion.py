@@ -175,7 +175,7 @@ def test_killed_and_rerun_ends_with_the_same_numbers(
     """``kill -9`` of everything after the first checkpoint; MLflow has one run with every step once."""
     flags = [f"--dataset={people}", f"--output={tmp_path / 'out'}", "--training.checkpoint-every=10"]  # fmt: skip
     job = start_job("train_motion", "smoke", *flags, folder=tmp_path, extra=ONE_THREAD)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not checkpoints.newest(str(tmp_path / "out")) and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.3)

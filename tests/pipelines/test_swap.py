@@ -238,7 +238,7 @@ def test_ray_workers_make_the_same_bytes(
     code, text = run_job(
         "swap", f"--aligner={bundles[0]}", f"--blender={bundles[1]}", "--source", portrait,
         "--target", str(clip), str(other), str(blank), f"--output={tmp_path / 'ray'}",
-        "--preview", "--workers=2", "--part-frames=6", folder=tmp_path, timeout=550,
+        "--preview", "--workers=2", "--part-frames=6", folder=tmp_path, timeout=900,
     )  # fmt: skip
     assert code == 0, text
     assert "3 of 3 parts" in text
