@@ -103,7 +103,7 @@ with nodes.Timeline(say, poll_seconds=0.5):
     say("first done")
     run("second", on_gpu=True)
     say("second done")
-    await_head_alone(60)
+    await_head_alone(240)
 """
 
 
