@@ -175,7 +175,7 @@ def swap(config: SwapConfig, say: Callable[[str], None] = lambda _: None) -> lis
                 min_size=1,
                 initial_size=config.workers,
                 max_size=config.workers,
-                max_tasks_in_flight_per_actor=2,  # a part takes minutes: none waits behind others while a worker is idle
+                max_tasks_in_flight_per_actor=2,  # a part takes minutes: no worker hoards them
             ),
             num_cpus=0.5,
             num_gpus=1 if has_gpu else 0,
