@@ -158,6 +158,14 @@ REGISTRY = {
             licence="MIT (TreB1eN/InsightFace_Pytorch); trained on MS1M (research)",
         ),
         Weights(
+            name="iris",
+            file="iris_landmark.tflite",
+            url="https://storage.googleapis.com/mediapipe-assets/iris_landmark.tflite",
+            sha256="d1744d2a09c25f501d39eba4faff47e53ecca8852c5ce19bce8eeac39357521f",
+            size=2640568,
+            licence="Apache-2.0 (MediaPipe)",
+        ),
+        Weights(
             name="mobilenet_v2",
             file="mobilenet_v2-b0353104.pth",
             url="https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
