@@ -114,7 +114,7 @@ def test_without_a_parser_there_are_no_labels():
     after, same = from_row(Annotator(config)(to_row(video, members)))
     assert same == members
     assert after == replace(video, seconds=after.seconds, stage_frames={"annotate": video.frames})
-    assert describe(config) == {"parser": "none"}
+    assert describe(config) == {"parser": "none", "pupils": "none"}
 
 
 def test_rejected_tracks_are_left_alone(parser):
