@@ -237,11 +237,11 @@ def smooth_pupils(points: Floats, indices: Sequence[int]) -> Floats:
     """Pupils (n, 2, 2) without most of their tremble; a jump of the gaze takes a frame longer on either side.
 
     Args:
-        points: in pixels that do not move with the face.
+        points: in pixels that do not move with the face; (n, 0, 2) is allowed.
         indices: (n,) increasing frame indices.
     """
     steady = np.array(points, dtype=np.float64)
-    for run in runs(indices):
+    for run in runs(indices) if steady.size else []:
         if run.stop - run.start >= PUPIL_WINDOW:
             steady[run] = savgol_filter(steady[run], PUPIL_WINDOW, 1, axis=0, mode="interp")
     return steady

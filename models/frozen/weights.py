@@ -216,7 +216,7 @@ def locate(weights: Weights) -> Path:
     """:func:`find` for an entry that need not be in the registry."""
     if weights.package:
         return _checked(weights, _embedded(weights))
-    for folder in _folders():
+    for folder in folders():
         if (folder / weights.file).is_file():
             return _checked(weights, folder / weights.file)
     return _download(weights)
@@ -226,7 +226,8 @@ def _cache() -> Path:
     return Path.home() / ".cache" / "headray"
 
 
-def _folders() -> list[Path]:
+def folders() -> list[Path]:
+    """Where files are looked for, in this order."""
     given = os.environ.get(FOLDER_VARIABLE)
     return [*([Path(given)] if given else []), _cache()]
 
@@ -279,7 +280,7 @@ def _download(weights: Weights) -> Path:
             except (OSError, HTTPException) as error:
                 raise WeightsError(
                     f"weights {weights.name}: {weights.file} is in none of "
-                    f"{', '.join(map(str, _folders()))} and {weights.url} could not be fetched ({error}): put the "
+                    f"{', '.join(map(str, folders()))} and {weights.url} could not be fetched ({error}): put the "
                     f"file ({weights.size} bytes, sha256 {weights.sha256}) into a folder and set {FOLDER_VARIABLE} to it"
                 ) from error
             if not found.startswith(weights.sha256):
