@@ -34,9 +34,9 @@ EYES = np.array([range(36, 42), range(42, 48)])
 """Landmarks of the eye on the picture's left and of that on its right: left corner, upper lid, right corner, lower lid."""
 LOWER_LID, UPPER_LID = slice(1, 8), slice(9, 16)
 """Of the network's 71 points, from the outer corner (0) to the inner (8), without both."""
-SHUT, OPEN = 0.12, 0.22
-"""Opening of the lids in eye widths up to which nothing, and from which everything is believed. Shut eyes of three clips had 0.04 to
-0.15, narrow ones with a pupil that can be seen 0.19 to 0.25, the eyes of 18 photographs at least 0.26."""
+SHUT, OPEN = 0.15, 0.22
+"""Opening of the lids in eye widths up to which nothing, and from which everything is believed. In clips shut eyes have 0.04 to 0.17,
+half-shut ones 0.15 to 0.25; the eyes of 18 photographs have at least 0.22."""
 NEAR, ASTRAY = 0.1, 0.2
 """Eye widths outside of the lids' landmarks up to which all, and from which nothing is believed."""
 
@@ -116,9 +116,9 @@ def eye_window(eye: Floats) -> Floats:
 
 
 def opening(lids: Floats) -> float:
-    """Greatest distance of upper and lower lid in eye widths, of the network's points (71, 2)."""
+    """Greatest distance of upper and lower lid, of the network's points (71, 2) in the shown square, in eye widths."""
     gaps = np.linalg.norm(lids[UPPER_LID] - lids[LOWER_LID], axis=1)
-    return float(gaps.max() / max(float(np.linalg.norm(lids[8] - lids[0])), 1.0))
+    return float(gaps.max()) * EYE_SIDES / SIZE
 
 
 def outside(eye: Floats, point: Floats) -> float:

@@ -26,6 +26,7 @@ from models.frozen.pupils import (
 )
 from models.motion.layout import FLIP_68, with_pupils
 from pipelines.follower import read_picture
+from pipelines.video import Decoder, probe
 from tests.eyes import drawn, iris_by_gradients
 from tests.faces import FACE_68
 from tests.material import SHARED, needs_shared
@@ -135,11 +136,10 @@ def test_the_square_that_is_shown_is_mediapipes() -> None:
 
 def test_an_opening_is_the_widest_gap_in_eye_widths() -> None:
     lids = np.zeros((71, 2))
-    lids[0], lids[8] = (10, 30), (50, 30)
     lids[LOWER_LID] = np.column_stack([np.linspace(15, 45, 7), np.full(7, 32.0)])
     lids[UPPER_LID] = lids[LOWER_LID] - [0, 4]
     lids[12, 1] -= 4
-    assert opening(lids) == pytest.approx(8 / 40)
+    assert opening(lids) == pytest.approx(8 * 2.3 / 64)
 
 
 def test_outside_is_measured_from_the_lids() -> None:
@@ -184,3 +184,24 @@ def test_real_pupils_are_where_gradients_say(finder: PupilFinder) -> None:
     assert len(off) == 36
     assert np.mean(np.less(off, ahead)) > 0.9
     assert np.median(off) < 0.06 < 0.1 < np.median(ahead)
+
+
+@needs_shared
+@pytest.mark.real
+def test_a_shut_eye_has_no_pupil(finder: PupilFinder) -> None:
+    """A clip that begins with shut eyes, which open at its 19th frame."""
+    clip = SHARED / "videos" / "franck_a.mp4"
+    detector, landmarker = load_detector("dlib", 80), load_landmarker("dlib")
+    seen = {}
+    with Decoder() as decoder:
+        for frame in decoder.read(clip, probe(clip), ranges=[(0, 26)], images={0, 5, 15, 25}):
+            if frame.image is not None:
+                boxes = detector.detect(frame.image)[:1, :4]
+                points = landmarker.locate(frame.image, boxes)
+                found = finder.locate([frame.image], points)
+                seen[frame.index] = found.seen[0]
+                middles = with_pupils(points[0])[68:]
+                off = np.linalg.norm(found.points[0] - middles, axis=1) / eye_width(points[0])
+                assert (off > 0.02).all() == (frame.index == 25), (frame.index, off)
+    assert np.max([seen[index] for index in (0, 5, 15)]) < 0.1
+    assert (seen[25] == 1).all()
