@@ -130,14 +130,14 @@ def with_gaze(
             raise ConfigError("--pupils iris: the model takes 68 points, none of them a pupil")
         return replace(config, pupils="none")
     if config.pupils == "none":
-        say("--pupils none: the gaze looks straight ahead")
+        say("--pupils none: eyes look straight ahead, unless --driving is a .npy with pupils")
         return config
     try:
         weights.find("iris")
     except weights.WeightsError as error:
         if config.pupils == "iris":
             raise
-        say(f"the gaze looks straight ahead: {error}")
+        say(f"eyes look straight ahead, unless --driving is a .npy with pupils: {error}")
         return replace(config, pupils="none")
     return replace(config, pupils="iris")
 
@@ -319,7 +319,7 @@ def animate(config: AnimateConfig, say: Callable[[str], None] = lambda _: None) 
                 f"no face in any of {len(drive.causes)} driving frames ({reasons or 'empty'})"
             )
         if config.pupils == "iris" and drive.landmarks.shape[1] == 68:
-            say("the driving landmarks have no pupils: the gaze looks straight ahead")
+            say("the driving landmarks have no pupils: eyes look straight ahead")
         driving = fit(drive, source, config, size, count)
         began = time.monotonic()
         pictures = generate(

@@ -378,7 +378,7 @@ def test_pupils_are_looked_for_where_the_model_takes_them(
     monkeypatch.setitem(weights.REGISTRY, "iris", nowhere)
     assert with_gaze(config, 70, told.append).pupils == "none"
     assert len(told) == 2
-    assert all("the gaze looks straight ahead" in line for line in told)
+    assert all("eyes look straight ahead" in line for line in told)
     assert "iris_landmark.tflite is in none of" in told[1]
     with pytest.raises(weights.WeightsError, match="HEADRAY_WEIGHTS"):
         with_gaze(replace(config, pupils="iris"), 70)
@@ -418,7 +418,7 @@ def test_the_gaze_of_source_and_driver_is_found(
     # a driver of 68 points has no gaze to follow, and it is said
     np.save(tmp_path / "points.npy", walking(3))
     animate(replace(config, driving=str(tmp_path / "points.npy")), told.append)
-    assert told == ["the driving landmarks have no pupils: the gaze looks straight ahead"]
+    assert told == ["the driving landmarks have no pupils: eyes look straight ahead"]
 
 
 @pytest.mark.parametrize("change", [{"fps": 0.0}, {"batch": 0}, {"crf": 60}])
