@@ -28,10 +28,12 @@ from models.frozen.parsing import load_parser
 from models.motion.learner import MotionLearner
 from models.reenactment import Reenactor
 from pipelines.animate import AnimateConfig, generate
+from pipelines.evaluation import EvaluateConfig, Row, Sheet, evaluate
 from pipelines.geometry import heser_window
 from pipelines.repaint import Shot, Swapper
 from pipelines.training import Meter
 from tests import aligners, elsewhere
+from tests.datasets import made_video, make_dataset
 from tests.faces import FACE_68
 from tests.models.blender import scenes
 from tests.models.blender.test_learner import CONFIG as BLENDER
@@ -227,5 +229,26 @@ def test_frozen_networks_answer_from_there(network: str, monkeypatch: pytest.Mon
             return {"vectors": embedder.embed(windows, points)}
         landmarker = FanLandmarker(FanConfig(flip="mirrored" in network), random_init=True)
         return {"points": landmarker.locate(picture, np.array([[150.0, 40, 300, 220]]))}
+
+    same_on_both(work)
+
+
+@pytest.mark.slow
+def test_scores_come_from_there(bundles: tuple[str, str], tmp_path: Path) -> None:
+    dataset, motion = str(tmp_path / "people"), str(tmp_path / "motion")
+    make_dataset(dataset, [made_video(f"id0{n}", "v0", split="test", tracks=1) for n in (1, 2)])
+    model = tiny(size=64, patch=16, num_landmarks=68).eval()
+    bundle.save(model, motion, {}, np.zeros((4, 4, 3), np.uint8))
+    config = EvaluateConfig(
+        dataset=dataset, output="", aligner=bundles[0], blender=bundles[1], motion=motion, samples=2, batch=2, shots=(1,)
+    )  # fmt: skip
+
+    def work(_: torch.device) -> Results:
+        found: list[Row | Sheet] = []
+        evaluate(config, found.append, print)
+        return {
+            f"{number}": list(each.values.values()) if isinstance(each, Row) else each.image
+            for number, each in enumerate(found)
+        }
 
     same_on_both(work)
