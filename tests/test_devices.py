@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -240,7 +241,7 @@ def test_scores_come_from_there(bundles: tuple[str, str], tmp_path: Path) -> Non
     model = tiny(size=64, patch=16, num_landmarks=68).eval()
     bundle.save(model, motion, {}, np.zeros((4, 4, 3), np.uint8))
     config = EvaluateConfig(
-        dataset=dataset, output="", aligner=bundles[0], blender=bundles[1], motion=motion, samples=2, batch=2, shots=(1,)
+        dataset=dataset, output="", aligner=bundles[0], blender=bundles[1], motion=motion, samples=1, batch=1, shots=(1,), grid=2
     )  # fmt: skip
 
     def work(_: torch.device) -> Results:
