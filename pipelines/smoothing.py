@@ -10,7 +10,8 @@ centre, side and angle: as little bend as can be had for what the window strays 
 strays a third further where a head sways (docs/log.md).
 
 Only frames that are neighbours in the video are smoothed together: points of frames 0.2 s apart have nothing to do with each
-other's noise, and a blink between them is one frame. numpy and scipy only.
+other's noise, and a blink between them is one frame. numpy and scipy only; the latter is imported where it is used, since it costs
+every actor that imports this module 0.8 s, and most smooth nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import solveh_banded
-from scipy.ndimage import median_filter
-from scipy.signal import savgol_filter
 
 from pipelines.geometry import Floats, invert, square_matrix, transform, window_side
 
@@ -152,6 +150,8 @@ def fit_paths(values: Floats, indices: Sequence[int], window: int) -> Floats:
 
     In a stretch shorter than the window the window is as long as it can be; fewer than four frames stay as they are.
     """
+    from scipy.signal import savgol_filter
+
     fitted = np.array(values, dtype=np.float64)
     for run in runs(indices):
         length = run.stop - run.start
@@ -175,6 +175,8 @@ def jumps(
         limit: how far, in medians of ``sides``.
         indices: (n,) increasing frame indices.
     """
+    from scipy.ndimage import median_filter
+
     found = np.zeros(len(points), bool)
     for run in runs(indices):
         usual = median_filter(points[run], size=(JUMP_WINDOW, 1, 1), mode="nearest")
@@ -194,6 +196,8 @@ def fuse(points: Floats, moves: Floats, indices: Sequence[int]) -> Floats:
         moves: (n, k, 2) px from the frame before by the flow, NaN where it is not believed.
         indices: (n,) increasing frame indices; nothing is known of steps over a gap.
     """
+    from scipy.linalg import solveh_banded
+
     fused = np.array(points, dtype=np.float64)
     count = fused.shape[1]
     for run in runs(indices):
@@ -294,6 +298,8 @@ def follow_trend(path: Floats, stiffness: float, small: float) -> Floats:
         stiffness: in the path's unit.
         small: bends below it cost by their square (Huber).
     """
+    from scipy.linalg import solveh_banded
+
     trend = path.copy()
     if len(path) < 3:
         return trend
