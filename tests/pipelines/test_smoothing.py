@@ -113,7 +113,7 @@ def test_a_blink_of_two_frames_keeps_four_fifths_and_its_place(at: int) -> None:
 
 
 def test_a_blink_lies_where_its_edges_are_not_where_noise_is_lowest() -> None:
-    """Frames 41 to 50 of phone_a, as detected and as smoothed: shut for five frames, the lowest of them now the first, now the fourth."""
+    """Frames 41 to 50 of phone_a, as detected and as smoothed: shut for five frames, the deepest of them now the fourth, now the second."""
     detected = np.array([0.293, 0.164, 0.127, 0.142, 0.124, 0.137, 0.181, 0.243, 0.238, 0.260])
     smoothed = np.array([0.269, 0.193, 0.140, 0.156, 0.158, 0.164, 0.184, 0.209, 0.230, 0.243])
     assert (np.argmin(detected), np.argmin(smoothed)) == (4, 2)
