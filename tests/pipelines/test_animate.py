@@ -242,6 +242,8 @@ def test_the_source_window_is_square_and_not_squashed(portrait: str, tmp_path: P
     assert scale[0] == pytest.approx(scale[1])
     centre = (points.min(axis=0) + points.max(axis=0)) / 2
     assert (np.abs(centre - 64) < 20).all()
+    # the points' extent in the windows of 14 real clips: 0.43 to 0.58, and 0.6 in a window of one frame
+    assert 0.45 < np.sqrt(np.prod(np.ptp(points, axis=0))) / 128 < 0.56
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.motion.dense import AddMotion, MotionBlock
 from models.motion.flow import identity_grid, warp
-from models.motion.generator import Generator
+from models.motion.generator import Generator, ResidualBlock
 from models.motion.network import Motion, MotionConfig
 from tests.models.motion.tiny import TINY, awake, landmarks, pictures, tiny
 
@@ -404,3 +404,16 @@ def test_the_generator_is_split_where_the_source_ends() -> None:
     image = generator.decode(features)
     assert image.shape == (2, 3, 32, 32)
     assert image.abs().max() < 1
+
+
+def test_a_residual_block_normalises_and_cuts_off_before_each_convolution() -> None:
+    torch.manual_seed(0)
+    block = ResidualBlock(4).double()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+
+    def before(y: Tensor) -> Tensor:
+        spread = y.var(dim=(0, 2, 3), unbiased=False, keepdim=True)
+        return ((y - y.mean(dim=(0, 2, 3), keepdim=True)) / (spread + 1e-5).sqrt()).clamp(min=0)
+
+    expected = x + block.conv2(before(block.conv1(before(x))))
+    assert torch.allclose(block(x), expected)
