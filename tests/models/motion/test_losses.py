@@ -26,6 +26,7 @@ def test_the_pyramid_is_scipys_blur_and_a_stride() -> None:
     images = torch.randn(2, 3, 64, 48, dtype=torch.float64)
     levels = pyramid(images)
     assert torch.equal(levels[0], images)
+    assert [tuple(level.shape[2:]) for level in levels] == [(64, 48), (32, 24), (16, 12), (8, 6)]
     for scale, level in zip(SCALES[1:], levels[1:], strict=True):
         stride = round(1 / scale)
         sigma = (stride - 1) / 2
