@@ -244,6 +244,9 @@ def test_boxes_of_the_second_pass_follow_the_head() -> None:
     found = steady_boxes(shaken(path, 0.5), noisy, range(60))
     assert np.abs(found - true).max() < 0.04 * side.max()
     assert jitter_of_boxes(found) < jitter_of_boxes(noisy) / 10
+    # nor do they tremble with the landmarks: without a fit over half a second ten times as much as the head
+    trembling = steady_boxes(shaken(path, 2.0), true, range(60))
+    assert jitter_of_boxes(trembling) < 2 * jitter_of_boxes(true)
 
 
 def jitter_of_boxes(boxes: Floats) -> float:
