@@ -118,8 +118,27 @@ def find_blinks(opening: Floats, indices: Sequence[int]) -> list[tuple[int, int,
     return sorted(set(found))
 
 
-def blinks_kept(raw: Floats, smooth: Floats, indices: Sequence[int]) -> tuple[float, int]:
-    """What smoothing leaves of blinks: the least share of a blink's depth, and the most frames that its deepest point moves.
+def blink_middle(opening: Floats) -> float:
+    """Where in (n,) openings a dip lies: midway between falling below half its depth and rising above it, frames from the first.
+
+    Not its deepest frame: eyes stay shut for several, and noise says which of them is the deepest.
+    """
+    first = last = int(opening.argmin())
+    half = (opening[first] + (opening[0] + opening[-1]) / 2) / 2
+    while first > 0 and opening[first - 1] <= half:
+        first -= 1
+    while last + 1 < len(opening) and opening[last + 1] <= half:
+        last += 1
+    fall, rise = float(first), float(last)
+    if first > 0:
+        fall -= (half - opening[first]) / (opening[first - 1] - opening[first])
+    if last + 1 < len(opening):
+        rise += (half - opening[last]) / (opening[last + 1] - opening[last])
+    return (fall + rise) / 2
+
+
+def blinks_kept(raw: Floats, smooth: Floats, indices: Sequence[int]) -> tuple[float, float]:
+    """What smoothing leaves of blinks: the least share of a blink's depth, and the most frames by which one is early or late.
 
     Args:
         raw, smooth: (n, 68, 2) before and after.
@@ -129,20 +148,14 @@ def blinks_kept(raw: Floats, smooth: Floats, indices: Sequence[int]) -> tuple[fl
         (NaN, 0) when nobody blinks.
     """
     before, after = eye_opening(raw), eye_opening(smooth)
-    shares, lags = [], []
+    shares, lags = [], [0.0]
     for first, low, last in find_blinks(before, indices):
-        # over a plateau the middle of the lowest frames counts
-        def deepest(signal: Floats, first: int = first, last: int = last) -> float:
-            inside = signal[first : last + 1]
-            near = inside <= inside.min() + 0.1 * np.ptp(inside)
-            return float(np.flatnonzero(near).mean())
-
         opened = (before[first] + before[last]) / 2
         shares.append((opened - after[first : last + 1].min()) / (opened - before[low]))
-        lags.append(abs(deepest(after) - deepest(before)))
-    if not shares:
-        return float("nan"), 0
-    return float(min(shares)), round(max(lags))
+        around = range(max(first - WINDOW // 2, 0), min(last + WINDOW // 2 + 1, len(before)))
+        near = [i for i in around if indices[i] - indices[low] == i - low]
+        lags.append(float(abs(blink_middle(after[near]) - blink_middle(before[near]))))
+    return float(min(shares, default=np.nan)), max(lags)
 
 
 def fit_paths(values: Floats, indices: Sequence[int], window: int) -> Floats:
