@@ -63,7 +63,7 @@ class TrainMotionConfig(TrainConfig):
     """When to warn."""
 
 
-# The supplement line by line; docs/training.md. 68 points: no source of pupils comes with this repository.
+# The supplement line by line; docs/training.md. 68 points: a dataset has pupils only if it was made with them.
 VOXCELEB1 = TrainMotionConfig(
     dataset=tyro.MISSING,
     output=tyro.MISSING,
@@ -206,7 +206,10 @@ def remarks(config: TrainMotionConfig) -> list[str]:
     if config.learner.features == "none":
         told.append("no VGG: pictures are compared by their pixels (--learner.features)")
     if config.learner.network.num_landmarks == 68:
-        told.append("68 points, no pupils: the gaze is not driven")
+        told.append(
+            "68 points, no pupils: the gaze is not driven (70: --learner.network.num-landmarks and --samples.num-landmarks, on a "
+            "dataset of --annotate.pupils iris)"
+        )
     if config.learner.stage == 1:
         told.append("stage 1: no adversarial loss; stage 2 begins with this bundle (--init-from)")
     if config.training.samples == config.learner.schedule.samples:

@@ -15,7 +15,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from models.frozen import weights
 from models.frozen.detector import DetectorName
 from models.frozen.landmarks import LandmarkerName
 from models.motion.layout import with_pupils
@@ -73,6 +74,9 @@ class AnimateConfig:
     """Finds faces."""
     landmarker: LandmarkerName = "dlib"
     """Finds their points."""
+    pupils: Literal["auto", "iris", "none"] = "auto"
+    """Of source and driver, for a model of 70 points: ``iris`` finds them, with ``none`` the gaze looks straight ahead, auto is iris
+    where its weights are."""
     smooth: bool = True
     """Take the tremble out of a driving video's landmarks, leave blinks; the video is decoded twice."""
     batch: int = 8
@@ -110,8 +114,37 @@ class Animated:
 def faces(config: AnimateConfig) -> FollowConfig:
     """How this configuration finds faces."""
     return FollowConfig(
-        detector=config.detector, landmarker=config.landmarker, smooth=config.smooth
+        detector=config.detector,
+        landmarker=config.landmarker,
+        pupils="iris" if config.pupils == "iris" else "none",
+        smooth=config.smooth,
     )
+
+
+def with_gaze(
+    config: AnimateConfig, count: int, say: Callable[[str], None] = lambda _: None
+) -> AnimateConfig:
+    """The configuration with ``auto`` decided: iris or none, for a model of ``count`` points; says where no gaze is driven.
+
+    Raises:
+        ConfigError: iris for a model that takes no pupils.
+        WeightsError: iris was asked for, and its weights are missing.
+    """
+    if count == 68:
+        if config.pupils == "iris":
+            raise ConfigError("--pupils iris: the model takes 68 points, none of them a pupil")
+        return replace(config, pupils="none")
+    if config.pupils == "none":
+        say("--pupils none: the gaze looks straight ahead")
+        return config
+    try:
+        weights.find("iris")
+    except weights.WeightsError as error:
+        if config.pupils == "iris":
+            raise
+        say(f"the gaze looks straight ahead: {error}")
+        return replace(config, pupils="none")
+    return replace(config, pupils="iris")
 
 
 def read_source(config: AnimateConfig, size: int) -> tuple[Image, Floats]:
@@ -120,21 +153,23 @@ def read_source(config: AnimateConfig, size: int) -> tuple[Image, Floats]:
     The window is a square, as large about the face as the training clips' are; a picture of any shape is never squashed.
 
     Returns:
-        (size, size, 3) RGB, black outside the picture; (68, 2) pixels of that window.
+        (size, size, 3) RGB, black outside the picture; (68 or 70, 2) pixels of that window.
 
     Raises:
         ConfigError: no picture there, or no face in it.
     """
     picture = read_picture(config.source)
     height, width = picture.shape[:2]
-    points, cause = Follower(faces(config), (width, height)).find(picture)
+    follower = Follower(faces(config), (width, height))
+    points, cause = follower.find(picture)
     if points is None:
         raise ConfigError(
             f"--source {config.source} ({width} x {height}): {cause}; wanted is a picture of a face from the front,"
             f" at least {SMALLEST_FACE:.0%} of the picture's shorter side"
         )
     matrix = fomm_window(landmark_boxes(points)[None], size, SOURCE_ROOM)
-    return warp(picture, matrix, (size, size)), transform(matrix, points)
+    known = np.concatenate([points, follower.pupils(picture, points)])
+    return warp(picture, matrix, (size, size)), transform(matrix, known)
 
 
 # ------------------------------------------------------------------------------------------------- the driver
@@ -170,7 +205,7 @@ def fit(drive: Followed, source: Floats, config: AnimateConfig, size: int, count
 
     Args:
         drive: in pixels of the driving frames; at least one frame found.
-        source: (68, 2) pixels of the source's window.
+        source: (68 or 70, 2) pixels of the source's window.
         config: mode and pose.
         size: side of the windows, pixels.
         count: points the model takes, 68 or 70. Unknown pupils look straight ahead.
@@ -270,13 +305,14 @@ def animate(config: AnimateConfig, say: Callable[[str], None] = lambda _: None) 
         ConfigError: bundle, source or driver cannot be used, or the output's name.
         PlaceError: the output cannot be written.
         NothingUsableError: no frame of the driver has a face.
-        WeightsError: of the detector or the landmarker.
+        WeightsError: of the detector, the landmarker, or the pupils' network.
     """
     import torch
 
     check_output(config)
     model = load_model(config.motion)
     size, count = model.config.size, model.config.num_landmarks
+    config = with_gaze(config, count, say)
     window, source = read_source(config, size)
     with storage.local_file(config.driving) as path:
         if not path.is_file():
@@ -294,8 +330,9 @@ def animate(config: AnimateConfig, say: Callable[[str], None] = lambda _: None) 
             raise NothingUsableError(
                 f"no face in any of {len(drive.causes)} driving frames ({reasons or 'empty'})"
             )
-        for remark in remarks(drive, count):
-            say(remark)
+        if drive.landmarks.shape[1] > count or config.pupils == "iris":  # else it has been said
+            for remark in remarks(drive, count):
+                say(remark)
         driving = fit(drive, source, config, size, count)
         began = time.monotonic()
         pictures = generate(

@@ -1,7 +1,8 @@
-"""Stage 7. What is seen in each window: 19 labels a pixel. CPU, or a GPU for networks.
+"""Stage 7. What is seen in each window: 19 labels a pixel, and the pupils. CPU, or a GPU for networks.
 
 A video whose frames passed every check comes in, so that nothing is labelled that is thrown away. Out comes, for each open
-track, one ``KEY.NNNNNN.png`` per frame right after its ``.jpg``, unless the parser is ``none``. No frame is dropped here.
+track, one ``KEY.NNNNNN.png`` per frame right after its ``.jpg``, unless the parser is ``none``, and with ``pupils`` a
+``KEY.pupils.npy`` (n, 2, 2) in window pixels. No frame is dropped here.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from models.frozen import parsing, weights
+from models.frozen import parsing, pupils, weights
 from models.frozen.parsing import Labels, Parser, ParsingLabel
-from pipelines.geometry import Floats, Image, transform
+from models.frozen.pupils import PupilFinder, PupilSource
+from pipelines import smoothing
+from pipelines.geometry import Floats, Image, invert, transform
 from pipelines.schema import (
     Member,
     StageResources,
+    Track,
     Video,
     VideoRow,
     add_actors,
@@ -27,6 +31,7 @@ from pipelines.schema import (
     check_at_once,
     frame_member,
     npy_array,
+    npy_bytes,
     run_stage,
 )
 
@@ -41,11 +46,14 @@ WINDOWS_AT_ONCE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotateConfig:
-    """Face parsing."""
+    """Face parsing, and pupils."""
 
     parser: ParserChoice = "geometric"
     """``geometric`` (no weights, 40 ms a window on a CPU, coarse), ``bisenet`` (wants a GPU), ``unet19`` (for tests), or
     ``none``: no labels."""
+    pupils: PupilSource = "none"
+    """``iris``: MediaPipe's network (2.6 MB, a CPU is enough); the motion model needs them to move the gaze (70 landmarks).
+    ``none``: no pupils. With ``--crops.smooth`` they are smoothed, too."""
     resources: StageResources = field(default_factory=lambda: StageResources(memory_gb=1.5))
     """Of an actor; with ``bisenet`` give it a share of a GPU."""
     videos_at_once: int = 1
@@ -58,14 +66,20 @@ class AnnotateConfig:
 
 def weight_names(config: AnnotateConfig) -> tuple[str, ...]:
     """Entries of ``models.frozen.weights`` that this stage loads."""
+    return (*parser_weights(config), *pupils.WEIGHTS[config.pupils])
+
+
+def parser_weights(config: AnnotateConfig) -> tuple[str, ...]:
+    """The parser's share of :func:`weight_names`."""
     return () if config.parser == "none" else parsing.WEIGHTS[config.parser]
 
 
 def describe(config: AnnotateConfig) -> dict[str, Any]:
-    """What a reader must know about the labels: the parser, and what they mean."""
-    if config.parser == "none":
-        return {"parser": "none"}
-    return {"parser": config.parser, "labels": [label.name.lower() for label in ParsingLabel]}
+    """What a reader must know about labels and pupils: who found them, and what labels mean."""
+    used: dict[str, Any] = {"parser": config.parser, "pupils": config.pupils}
+    if config.parser != "none":
+        used["labels"] = [label.name.lower() for label in ParsingLabel]
+    return used
 
 
 def encode_labels(labels: Labels) -> bytes:
@@ -168,19 +182,79 @@ def annotate(
         longer.append((name, data))
         if name in labels:
             longer.append((name.removesuffix(".jpg") + ".png", labels[name]))
-    used = " ".join(
-        [config.parser, *(weights.REGISTRY[name].sha256[:12] for name in weight_names(config))]
-    )
+    used = version(config.parser, parser_weights(config))
     return replace(video, versions=video.versions | {"parsing": used}), longer
 
 
-class Annotator:
-    """Holds a parser for the life of an actor, on a GPU if Ray gave it one."""
+def version(name: str, files: tuple[str, ...]) -> str:
+    """A network's name and the beginning of its files' hashes."""
+    return " ".join([name, *(weights.REGISTRY[file].sha256[:12] for file in files)])
 
-    def __init__(self, config: AnnotateConfig) -> None:
+
+def find_pupils(
+    video: Video, content: Mapping[str, bytes], track: Track, finder: PupilFinder, smooth: bool
+) -> tuple[Track, Member]:
+    """The pupils of one track.
+
+    Args:
+        video: of the track.
+        content: members by name.
+        track: open.
+        finder: finds them in each window.
+        smooth: their paths, in the frame.
+
+    Returns:
+        the track with scores ``pupils_seen``, and where frames are neighbours ``pupil_jitter``, both as
+        docs/formats.md has them; and its member ``KEY.pupils.npy``.
+    """
+    key = video.track_key(track)
+    landmarks, matrices = (
+        npy_array(content[f"{key}.{name}.npy"]).astype(np.float64)
+        for name in ("landmarks", "matrix")
+    )
+    points, seen = np.empty((len(track.indices), 2, 2)), np.empty((len(track.indices), 2))
+    for i, index in enumerate(track.indices):
+        window = decode_window(content[frame_member(key, index)])
+        found = finder.locate([window], landmarks[i : i + 1])
+        points[i], seen[i] = found.points[0], found.seen[0]
+    inverses = [invert(matrix) for matrix in matrices]
+    in_frame = np.stack([transform(*pair) for pair in zip(inverses, points, strict=True)])
+    eyes = np.stack([transform(*pair) for pair in zip(inverses, landmarks, strict=True)])
+    scores = {"pupils_seen": float(seen.mean())}
+    if smooth:
+        scores["pupil_jitter_raw"] = smoothing.jitter(in_frame, track.indices, eyes)
+        in_frame = smoothing.smooth_pupils(in_frame, track.indices)
+        points = np.stack([transform(*pair) for pair in zip(matrices, in_frame, strict=True)])
+    scores["pupil_jitter"] = smoothing.jitter(in_frame, track.indices, eyes)
+    told = {name: round(value, 5) for name, value in scores.items() if np.isfinite(value)}
+    member = (f"{key}.pupils.npy", npy_bytes(points.astype(np.float32)))
+    return replace(track, scores=track.scores | told), member
+
+
+def add_pupils(
+    video: Video, members: list[Member], finder: PupilFinder, smooth: bool
+) -> tuple[Video, list[Member]]:
+    """:func:`find_pupils` of all open tracks of a video."""
+    content = dict(members)
+    tracks, found = [], []
+    for track in video.tracks:
+        if track.state == "open":
+            track, member = find_pupils(video, content, track, finder, smooth)
+            found.append(member)
+        tracks.append(track)
+    versions = video.versions | {"pupils": version("iris", pupils.WEIGHTS["iris"])}
+    return replace(video, tracks=tuple(tracks), versions=versions), [*members, *found]
+
+
+class Annotator:
+    """Holds networks for the life of an actor, on a GPU if Ray gave it one."""
+
+    def __init__(self, config: AnnotateConfig, *, smooth: bool = False) -> None:
         cv2.setNumThreads(1)  # more speed comes from more actors
         self.config = config
+        self.smooth = smooth
         self.parser = None if config.parser == "none" else parsing.load_parser(config.parser)
+        self.finder = PupilFinder() if config.pupils == "iris" else None
 
     def __call__(self, row: VideoRow) -> VideoRow:
         """One video."""
@@ -188,9 +262,14 @@ class Annotator:
 
     def annotate(self, video: Video, members: list[Member]) -> tuple[Video, list[Member]]:
         """The stage on an unpacked row."""
-        return annotate(video, members, self.parser, self.config)
+        video, members = annotate(video, members, self.parser, self.config)
+        if self.finder is not None:
+            video, members = add_pupils(video, members, self.finder, self.smooth)
+        return video, members
 
 
-def add_annotations(videos: Dataset, config: AnnotateConfig) -> Dataset:
-    """Append the stage to a plan over :class:`VideoRow`."""
-    return add_actors(videos, Annotator, config.resources, config.videos_at_once, config=config)
+def add_annotations(videos: Dataset, config: AnnotateConfig, *, smooth: bool = False) -> Dataset:
+    """Append the stage to a plan over :class:`VideoRow`; ``smooth`` the pupils if the landmarks were."""
+    return add_actors(
+        videos, Annotator, config.resources, config.videos_at_once, config=config, smooth=smooth
+    )

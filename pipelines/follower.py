@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from models.frozen.detector import DetectorName, load_detector
 from models.frozen.identity import EmbedderName, load_embedder
 from models.frozen.landmarks import LandmarkerName, load_landmarker
+from models.frozen.pupils import PupilFinder, PupilSource
 from pipelines import smoothing, storage
 from pipelines.crops import LandmarkGate, implausible
 from pipelines.flow import FaceFlow
@@ -51,6 +52,8 @@ class FollowConfig:
     """Finds faces."""
     landmarker: LandmarkerName = "dlib"
     """Finds their points."""
+    pupils: PupilSource = "none"
+    """Finds pupils, too."""
     embedder: EmbedderName | None = None
     """Says whether it is still the same person; None: nobody asks."""
     smooth: bool = False
@@ -83,6 +86,7 @@ class Follower:
         """For pictures of ``size`` (width, height). Raises ``WeightsError``."""
         self._detector = load_detector(config.detector, SMALLEST_FACE * min(size))
         self._landmarker = load_landmarker(config.landmarker)
+        self._pupils = PupilFinder() if config.pupils == "iris" else None
         self._embedder = load_embedder(config.embedder) if config.embedder else None
         self._gate = LandmarkGate()
         self._box: Floats | None = None
@@ -108,6 +112,12 @@ class Follower:
         if wrong := implausible(points, box, self._gate):
             return None, f"implausible landmarks: {wrong}"
         return points, FOUND
+
+    def pupils(self, image: Image, points: Floats) -> Floats:
+        """The pupils (2, 2) of a face's points (68, 2); (0, 2) if nobody looks for them."""
+        if self._pupils is None:
+            return np.zeros((0, 2))
+        return self._pupils.locate([image], points[None]).points[0]
 
     def find(self, image: Image, at: float = 0.0) -> tuple[Floats | None, str]:
         """The points (68, 2) of the face in an RGB image at a time in seconds, or None and why not."""
@@ -211,6 +221,7 @@ def follow_video(
         raise ConfigError(f"{told}: {error}") from error
     follower = Follower(config, (found.width, found.height))
     landmarks = np.full((found.frames, 68, 2), np.nan)
+    pupils = np.full((found.frames, 0 if config.pupils == "none" else 2, 2), np.nan)
     boxes = np.full((found.frames, 4), np.nan)
     causes: list[str] = []
     times: list[float] = []
@@ -220,6 +231,8 @@ def follow_video(
             points, cause = follower.find(image, at)
             if points is not None:
                 landmarks[index], boxes[index] = points, follower.box
+                if not config.smooth:
+                    pupils[index] = follower.pupils(image, points)
             causes.append(cause)
             times.append(at)
             if time.monotonic() - last_told > 30:
@@ -235,7 +248,8 @@ def follow_video(
         times += [times[-1] + step * (1 + index) for index in range(missing)]
         causes += [f"video breaks off: {error}"] * missing
     if config.smooth and FOUND in causes:
-        steady(follower, _images(path, found, decoded), landmarks, boxes, causes)
+        steady(follower, _images(path, found, decoded), landmarks, pupils, boxes, causes)
+    landmarks = np.concatenate([landmarks, pupils], axis=1)
     rate = Fraction(found.fps or 25).limit_denominator(1001)
     return Followed(landmarks, times, causes, rate, found.audio, decoded)
 
@@ -244,15 +258,19 @@ def steady(
     follower: Follower,
     images: Iterator[tuple[int, float, Image]],
     landmarks: Floats,
+    pupils: Floats,
     boxes: Floats,
     causes: list[str],
 ) -> None:
     """The second pass, in place: points located anew in boxes that move smoothly, fused with the flow, smoothed along their paths.
 
+    Pupils are found by the points as they are located, and smoothed without the flow.
+
     Args:
         follower: locates.
         images: index, time and picture of the frames, again.
         landmarks: (n, 68, 2) of the first pass, NaN where the face is lost.
+        pupils: (n, 2, 2) to fill; (n, 0, 2) if nobody looks for them.
         boxes: (n, 4) in which they were found.
         causes: (n) why the face is lost, or ``FOUND``; a face that the second pass does not believe is lost, too, and one whose points
             jump.
@@ -265,6 +283,7 @@ def steady(
             points, causes[index] = follower.locate(image, boxes[index])
             landmarks[index] = np.nan if points is None else points
             if points is not None:
+                pupils[index] = follower.pupils(image, points)
                 flow.add(index, image, boxes[index], points)
     known = [index for index, cause in enumerate(causes) if cause == FOUND]
     if not known:
@@ -272,10 +291,11 @@ def steady(
     sides = np.sqrt(np.prod(box_sizes(boxes[known]), axis=1))
     is_jump = smoothing.jumps(landmarks[known], sides, LandmarkGate().max_jump, known)
     for index in compress(known, is_jump):
-        landmarks[index], causes[index] = np.nan, "landmarks jump"
+        landmarks[index], pupils[index], causes[index] = np.nan, np.nan, "landmarks jump"
     known = list(compress(known, ~is_jump))
     fused = smoothing.fuse(landmarks[known], flow.along(known), known)
     landmarks[known] = smoothing.smooth(fused, known)
+    pupils[known] = smoothing.smooth_pupils(pupils[known], known)
 
 
 def _images(path: Path, found: VideoInfo, count: int) -> Iterator[tuple[int, float, Image]]:

@@ -40,6 +40,8 @@ class Costs:
     """CPU seconds: decoding a second of 1080 lines twice, and the search for cuts."""
     cpu_per_frame: float = 0.15
     """CPU seconds: detection, landmarks, window, embedding (0.076), quality and labels (0.03) of a kept frame."""
+    cpu_per_pupils: float = 0.01
+    """CPU seconds more a frame with ``--annotate.pupils iris``."""
     bytes_per_frame: float = 59_600.0
     """Of a sample, per frame with windows of 512 pixels at JPEG quality 95 and their labels (3600): mean of 334 frames of ten clips."""
 
@@ -216,10 +218,12 @@ def predict(listing: Listing, offers: Sequence[Offer], config: PreprocessConfig)
     def mean(values: Iterable[float]) -> float:
         return sum(values) / len(had) if had else 0.0
 
+    pupils = COSTS.cpu_per_pupils if config.annotate.pupils == "iris" else 0.0
+
     def cpu(offer: Offer) -> float:
         size = ((offer.height or config.download.max_height) / 1080) ** 2
         decoding = COSTS.cpu_per_video_second * size * offer.used_seconds
-        return COSTS.cpu_per_video + decoding + COSTS.cpu_per_frame * offer.frames
+        return COSTS.cpu_per_video + decoding + (COSTS.cpu_per_frame + pupils) * offer.frames
 
     size = COSTS.bytes_per_frame * (config.crops.size / 512) ** 2
     fetched = survivors.times(mean(offer.size_bytes for offer in had))

@@ -93,7 +93,7 @@ class PreprocessConfig:
     quality: quality.QualityConfig = field(default_factory=quality.QualityConfig)
     """Head pose; which frames, tracks and copies are worth keeping."""
     annotate: annotate.AnnotateConfig = field(default_factory=annotate.AnnotateConfig)
-    """Face parsing."""
+    """Face parsing, and pupils."""
     shards: shards.ShardsConfig = field(default_factory=shards.ShardsConfig)
     """Packing."""
     keep_work: bool = False
@@ -320,7 +320,9 @@ def stage_adders(config: PreprocessConfig) -> dict[str, Callable[[Dataset], Data
         "crops": partial(crops.add_crops, config=config.crops, decoder=config.tracks.decoder),
         "identities": partial(identities.add_embeddings, config=config.identities),
         "quality": partial(quality.add_quality, window=window, config=config.quality),
-        "annotate": partial(annotate.add_annotations, config=config.annotate),
+        "annotate": partial(
+            annotate.add_annotations, config=config.annotate, smooth=config.crops.smooth
+        ),
     }
 
 

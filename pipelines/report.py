@@ -555,7 +555,9 @@ def read_thumbs(
     }
     try:
         times = np.asarray(json.loads(storage.read_bytes(uri, *places["json"]))["times"])
-        landmarks = npy_array(storage.read_bytes(uri, *places["landmarks.npy"]))
+        arrays = [name for name in ("landmarks.npy", "pupils.npy") if name in places]
+        points = [npy_array(storage.read_bytes(uri, *places[name])) for name in arrays]
+        landmarks = np.concatenate(points, axis=1)
         frames = [name for name in sample["members"] if name.endswith(".jpg")]
         wanted = np.linspace(times[0], times[-1], min(limit, len(times)))
         chosen = np.unique(np.abs(times[:, None] - wanted).argmin(axis=0))
@@ -589,7 +591,9 @@ def decode(jpeg: bytes) -> NDArray[np.uint8]:
 def draw_landmarks(
     image: NDArray[np.uint8], landmarks: NDArray[np.floating], size: int
 ) -> NDArray[np.uint8]:
-    """A square picture (s, s, 3) made ``size`` wide, with lines through its landmarks (68, 2), window pixels."""
+    """A square picture (s, s, 3) made ``size`` wide, with lines through its landmarks (68 or more, 2), window pixels, and dots for
+    pupils, the points after the 68th.
+    """
     thumb: NDArray[np.uint8] = np.ascontiguousarray(
         cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
     )
@@ -598,6 +602,8 @@ def draw_landmarks(
     fine = np.clip(np.round(points * 16), -(2**20), 2**20).astype(np.int32)
     for part, closed in PARTS:
         cv2.polylines(thumb, [fine[list(part)]], closed, LINE_RGB, 1, cv2.LINE_AA, shift=4)
+    for pupil in fine[68:].tolist():
+        cv2.circle(thumb, pupil, 16, LINE_RGB, -1, cv2.LINE_AA, shift=4)
     return thumb
 
 

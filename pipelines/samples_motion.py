@@ -188,8 +188,8 @@ class MotionSamples:
             )
         if config.num_landmarks == 70 and not self.reader.has_pupils:
             raise DatasetError(
-                f"{dataset}: its samples have no pupils.npy, which 70 landmarks need; train with 68"
-                " (--learner.network.num-landmarks 68), whose model does not move the gaze"
+                f"{dataset}: its samples have no pupils.npy, which 70 landmarks need: make it with --annotate.pupils iris; or train"
+                " with 68 (--learner.network.num-landmarks 68), whose model does not move the gaze"
             )
         require_frames(self.reader, config.reserve)
 

@@ -30,6 +30,9 @@ LIVELY_WINDOW = 5
 """The same, for lids and lips: of a blink of two frames 83 % are left, with 7 frames it would be 62 %."""
 LIVELY = np.array([37, 38, 40, 41, 43, 44, 46, 47, *range(48, 68)])
 """Lids and lips."""
+PUPIL_WINDOW = 3
+"""Frames to which a line is fitted for pupils, which jump from place to place: a mean of three. A parabola, as spec-sparse-motion has
+it, goes through three points whatever they are."""
 BOX_WINDOW = 15
 """The same, for the boxes of the second pass: a head has no reason to turn back within half a second of 30 frames."""
 ORDER = 2
@@ -69,19 +72,20 @@ def eye_distance(points: Floats) -> float:
     return float(np.median(np.linalg.norm(right - left, axis=1)))
 
 
-def jitter(points: Floats, indices: Sequence[int]) -> float:
+def jitter(points: Floats, indices: Sequence[int], landmarks: Floats | None = None) -> float:
     """Mean of |p(t+1) - 2 p(t) + p(t-1)| over points and frames, in eye distances; NaN without three neighbours.
 
     Args:
-        points: (n, 68, 2) in pixels that do not move with the face.
+        points: (n, k, 2) in pixels that do not move with the face.
         indices: (n,) increasing frame indices.
+        landmarks: (n, 68, 2) that tell the eye distance; None: ``points`` do.
     """
     bends = [np.diff(points[run], n=2, axis=0) for run in runs(indices)]
     bends = [bend for bend in bends if len(bend)]
     if not bends:
         return float("nan")
     lengths = np.linalg.norm(np.concatenate(bends), axis=-1)
-    return float(lengths.mean()) / eye_distance(points)
+    return float(lengths.mean()) / eye_distance(points if landmarks is None else landmarks)
 
 
 def eye_opening(points: Floats) -> Floats:
@@ -243,6 +247,20 @@ def smooth(points: Floats, indices: Sequence[int]) -> Floats:
     """
     steady = fit_paths(points, indices, WINDOW)
     steady[:, LIVELY] = fit_paths(points[:, LIVELY], indices, LIVELY_WINDOW)
+    return steady
+
+
+def smooth_pupils(points: Floats, indices: Sequence[int]) -> Floats:
+    """Pupils (n, 2, 2) without most of their tremble; a jump of the gaze takes a frame longer on either side.
+
+    Args:
+        points: in pixels that do not move with the face; (n, 0, 2) is allowed.
+        indices: (n,) increasing frame indices.
+    """
+    steady = np.array(points, dtype=np.float64)
+    for run in runs(indices) if steady.size else []:
+        if run.stop - run.start >= PUPIL_WINDOW:
+            steady[run] = savgol_filter(steady[run], PUPIL_WINDOW, 1, axis=0, mode="interp")
     return steady
 
 

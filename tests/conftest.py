@@ -10,6 +10,14 @@ import pytest
 
 
 @pytest.fixture(scope="session")
+def iris_weights(request: pytest.FixtureRequest) -> Path:
+    """A folder for ``HEADRAY_WEIGHTS`` with the network that finds pupils; kept from run to run."""
+    from tests.material import fetch_iris
+
+    return fetch_iris(request.config.cache.mkdir("weights"))
+
+
+@pytest.fixture(scope="session")
 def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of four drawn people."""
     from tests.trainings import make_people

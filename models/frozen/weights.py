@@ -158,6 +158,14 @@ REGISTRY = {
             licence="MIT (TreB1eN/InsightFace_Pytorch); trained on MS1M (research)",
         ),
         Weights(
+            name="iris",
+            file="iris_landmark.tflite",
+            url="https://storage.googleapis.com/mediapipe-assets/iris_landmark.tflite",
+            sha256="d1744d2a09c25f501d39eba4faff47e53ecca8852c5ce19bce8eeac39357521f",
+            size=2640568,
+            licence="Apache-2.0 (MediaPipe)",
+        ),
+        Weights(
             name="mobilenet_v2",
             file="mobilenet_v2-b0353104.pth",
             url="https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
@@ -208,7 +216,7 @@ def locate(weights: Weights) -> Path:
     """:func:`find` for an entry that need not be in the registry."""
     if weights.package:
         return _checked(weights, _embedded(weights))
-    for folder in _folders():
+    for folder in folders():
         if (folder / weights.file).is_file():
             return _checked(weights, folder / weights.file)
     return _download(weights)
@@ -218,7 +226,8 @@ def _cache() -> Path:
     return Path.home() / ".cache" / "headray"
 
 
-def _folders() -> list[Path]:
+def folders() -> list[Path]:
+    """Where files are looked for, in this order."""
     given = os.environ.get(FOLDER_VARIABLE)
     return [*([Path(given)] if given else []), _cache()]
 
@@ -271,7 +280,7 @@ def _download(weights: Weights) -> Path:
             except (OSError, HTTPException) as error:
                 raise WeightsError(
                     f"weights {weights.name}: {weights.file} is in none of "
-                    f"{', '.join(map(str, _folders()))} and {weights.url} could not be fetched ({error}): put the "
+                    f"{', '.join(map(str, folders()))} and {weights.url} could not be fetched ({error}): put the "
                     f"file ({weights.size} bytes, sha256 {weights.sha256}) into a folder and set {FOLDER_VARIABLE} to it"
                 ) from error
             if not found.startswith(weights.sha256):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from models.aligner import network
-from models.frozen import arcface, detector, identity, landmarks, parsing, vgg, weights
+from models.frozen import arcface, detector, identity, landmarks, parsing, pupils, vgg, weights
 from models.frozen.weights import REGISTRY, Weights, WeightsError, find, locate
 from tests.material import SHARED, needs_shared
 
@@ -135,7 +135,7 @@ def test_an_unknown_name_lists_the_known_ones():
 def test_every_network_loads_entries_that_exist_and_hashes_agree_with_file_names():
     named = {
         name
-        for module in (detector, landmarks, identity, parsing, arcface, vgg, network)
+        for module in (detector, landmarks, identity, parsing, pupils, arcface, vgg, network)
         for names in module.WEIGHTS.values()
         for name in names
     }

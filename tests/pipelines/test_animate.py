@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from skimage import data
 
 from models import bundle
+from models.frozen import weights
+from models.frozen.chips import fit_similarity
 from pipelines.adaptation import adapt
 from pipelines.animate import (
     AnimateConfig,
@@ -30,6 +32,7 @@ from pipelines.animate import (
     read_landmarks,
     read_source,
     remarks,
+    with_gaze,
     with_points,
 )
 from pipelines.follower import FOUND, Followed, Follower, follow_video, read_picture
@@ -83,7 +86,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(
     tmp_path: Path, motion: str, source: str, driving: object, **rest: Any
 ) -> AnimateConfig:
-    output = str(tmp_path / "animated.mp4")
+    """Without pupils unless ``rest`` says so: nothing is looked for on the network."""
+    output, rest = str(tmp_path / "animated.mp4"), {"pupils": "none"} | rest
     return AnimateConfig(motion=motion, source=source, driving=str(driving), output=output, **rest)
 
 
@@ -326,10 +330,10 @@ def test_the_driver_is_seen_in_a_window_of_the_whole_clip(tmp_path: Path) -> Non
 
 
 def test_with_more_or_fewer_points() -> None:
-    with_gaze = with_points(FACE_68, 70)
-    assert with_gaze.shape == (70, 2)
-    assert np.array_equal(with_points(with_gaze, 68), FACE_68)
-    assert np.array_equal(with_points(with_gaze, 70), with_gaze)
+    ahead = with_points(FACE_68, 70)
+    assert ahead.shape == (70, 2)
+    assert np.array_equal(with_points(ahead, 68), FACE_68)
+    assert np.array_equal(with_points(ahead, 70), ahead)
 
 
 @pytest.mark.parametrize(
@@ -404,6 +408,67 @@ def test_a_driver_without_a_face(tmp_path: Path, motion: str, portrait: str) -> 
         animate(settings(tmp_path, motion, portrait, driving))
 
 
+def test_pupils_are_looked_for_where_the_model_takes_them(
+    tmp_path: Path, iris_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    config = settings(tmp_path, "m", "s", "d", pupils="auto")
+    monkeypatch.setenv("HEADRAY_WEIGHTS", str(iris_weights))
+    assert with_gaze(config, 70, told.append).pupils == "iris"
+    assert with_gaze(config, 68, told.append).pupils == "none"
+    assert told == []
+    with pytest.raises(ConfigError, match="the model takes 68 points"):
+        with_gaze(replace(config, pupils="iris"), 68)
+    assert with_gaze(replace(config, pupils="none"), 70, told.append).pupils == "none"
+    monkeypatch.setenv("HEADRAY_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    nowhere = replace(weights.REGISTRY["iris"], url="http://127.0.0.1:9/iris_landmark.tflite")
+    monkeypatch.setitem(weights.REGISTRY, "iris", nowhere)
+    assert with_gaze(config, 70, told.append).pupils == "none"
+    assert len(told) == 2
+    assert all("the gaze looks straight ahead" in line for line in told)
+    assert "iris_landmark.tflite is in none of" in told[1]
+    with pytest.raises(weights.WeightsError, match="HEADRAY_WEIGHTS"):
+        with_gaze(replace(config, pupils="iris"), 70)
+
+
+@pytest.mark.slow
+def test_the_gaze_of_source_and_driver_is_found(
+    tmp_path: Path,
+    motion: str,
+    portrait: str,
+    clip: Path,
+    iris_weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HEADRAY_WEIGHTS", str(iris_weights))
+    config = settings(tmp_path, motion, portrait, clip, pupils="iris")
+    _, source = read_source(config, 256)
+    assert source.shape == (70, 2)
+    short = clips.encode(tmp_path / "short.mp4", moving_face(2))
+    for smooth, video, lost in ((False, short, 0), (True, clip, len(BLANK))):
+        found = follow_video(faces(replace(config, smooth=smooth)), video, "clip")
+        known = found.landmarks[[cause == FOUND for cause in found.causes]]
+        assert known.shape[1:] == (70, 2)
+        assert np.isfinite(known).all()
+        assert len(found.causes) - len(known) == lost
+        # one portrait: its pupils lie alike in source and driver
+        for face in known:
+            matrix = fit_similarity(source[:68], face[:68])
+            off = transform(matrix, source[68:]) - face[68:]
+            assert np.linalg.norm(off, axis=1).max() < 0.15 * np.hypot(*(face[39] - face[36]))
+    told: list[str] = []
+    made = animate(config, told.append)
+    assert (made.frames, made.held) == (FRAMES, len(BLANK))
+    assert told == []
+    content = json.loads(Path(f"{config.output}.json").read_text())
+    assert content["config"]["pupils"] == "iris"
+    # a driver of 68 points has no gaze to follow, and it is said
+    np.save(tmp_path / "points.npy", walking(3))
+    animate(replace(config, driving=str(tmp_path / "points.npy")), told.append)
+    assert told == ["the driving landmarks have no pupils: the gaze looks straight ahead"]
+
+
 @pytest.mark.parametrize("change", [{"fps": 0.0}, {"batch": 0}, {"crf": 60}])
 def test_settings_that_cannot_be(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
@@ -415,7 +480,7 @@ def test_the_job_ends_with_the_codes_it_promises(
     tmp_path: Path, motion: str, portrait: str, clip: Path
 ) -> None:
     output = tmp_path / "out.mp4"
-    flags = ["--motion", motion, "--source", portrait, "--output", str(output)]
+    flags = ["--motion", motion, "--source", portrait, "--output", str(output), "--pupils=none"]
     code, told = run_job("animate", *flags, "--driving", str(clip), folder=tmp_path)
     assert code == 0, told
     assert f"held: {len(BLANK)} frames, no face" in told

@@ -16,27 +16,37 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from models.frozen.parsing import load_parser
-from pipelines import shards
+from models.frozen.weights import REGISTRY
+from pipelines import report, shards
 from pipelines.annotate import (
     AnnotateConfig,
     Annotator,
+    add_pupils,
     annotate,
     decode_labels,
     describe,
     encode_labels,
     frame_mask,
+    weight_names,
 )
-from pipelines.geometry import square_matrix
+from pipelines.crops import encode
+from pipelines.geometry import Floats, invert, square_matrix, transform, warp
+from pipelines.reader import PUPILS, Piece, Reader
 from pipelines.schema import (
     Cause,
     Member,
     Video,
     VideoRow,
+    frame_member,
     from_row,
+    npy_array,
+    npy_bytes,
     reject_track,
     to_row,
 )
 from tests.datasets import CROP, made_video, make_dataset
+from tests.eyes import drawn
+from tests.faces import FACE_68
 from tests.material import SHARED, needs_shared
 
 CONFIG = AnnotateConfig()
@@ -114,7 +124,7 @@ def test_without_a_parser_there_are_no_labels():
     after, same = from_row(Annotator(config)(to_row(video, members)))
     assert same == members
     assert after == replace(video, seconds=after.seconds, stage_frames={"annotate": video.frames})
-    assert describe(config) == {"parser": "none"}
+    assert describe(config) == {"parser": "none", "pupils": "none"}
 
 
 def test_rejected_tracks_are_left_alone(parser):
@@ -176,3 +186,97 @@ def test_a_parser_that_runs_no_batches_has_nothing_to_share() -> None:
         AnnotateConfig(videos_at_once=2)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         AnnotateConfig(videos_at_once=0)
+
+
+# -------------------------------------------------------------------------------------------------- pupils
+
+
+def looking(gazes: list[float], indices: list[int]) -> tuple[Video, list[Member], Floats]:
+    """A video of one track whose drawn eyes look from side to side, as the quality stage leaves it, and their pupils in the windows.
+
+    The frame is four times as large as the window, which moves, and the eyes stand still in the frame but for their gaze.
+    """
+    video, _ = made_video("id01", "v0", tracks=1, frames=len(gazes))
+    track = replace(video.tracks[0], indices=tuple(indices))
+    key = video.track_key(track)
+    members, landmarks, matrices, known = [], [], [], []
+    for place, (gaze, index) in enumerate(zip(gazes, indices, strict=True)):
+        image, points, pupils = drawn((gaze, 0.0), 160)
+        matrix = np.array([[0.25, 0, -float(place)], [0, 0.25, 2.0 * place]])
+        to_window = np.array([[1.0, 0, -float(place)], [0, 1.0, 2.0 * place]])
+        window = warp(image, to_window, (160, 160))
+        members.append((frame_member(key, index), encode(window, 95)))
+        landmarks.append(transform(to_window, points))
+        known.append(transform(to_window, pupils))
+        matrices.append(matrix)
+    arrays = {"landmarks": landmarks, "matrix": matrices}
+    stored = [(f"{key}.{name}.npy", npy_bytes(np.float32(values))) for name, values in arrays.items()]  # fmt: skip
+    return replace(video, tracks=(track,)), [*stored, *members], np.stack(known)
+
+
+@pytest.fixture(scope="module")
+def seeing(iris_weights: Path) -> dict[bool, Annotator]:
+    """The stage with pupils and no parser, by whether it smooths."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADRAY_WEIGHTS", str(iris_weights))
+        config = AnnotateConfig(parser="none", pupils="iris")
+        return {smooth: Annotator(config, smooth=smooth) for smooth in (False, True)}
+
+
+def test_pupils_come_with_the_windows(seeing: dict[bool, Annotator]) -> None:
+    gazes = [0.12 * np.sin(i / 3) for i in range(12)]
+    video, members, known = looking(gazes, [*range(12)])
+    row = to_row(video, members)
+    after, longer = from_row(seeing[False](row))
+    name, content = longer[-1]
+    assert longer[:-1] == members
+    assert name == "id01-v0-000.pupils.npy"
+    found = npy_array(content)
+    assert (found.dtype, found.shape) == (np.float32, (12, 2, 2))
+    assert np.abs(found - known).max() < 0.12 * np.hypot(*(FACE_68[39] - FACE_68[36])) * 0.42 * 160
+    (track,) = after.tracks
+    assert track.scores["pupils_seen"] == 1
+    assert "pupil_jitter" in track.scores
+    assert after.versions["pupils"] == f"iris {REGISTRY['iris'].sha256[:12]}"
+    assert from_row(seeing[False](row))[1] == longer
+    assert describe(seeing[False].config) == {"parser": "none", "pupils": "iris"}
+    assert weight_names(seeing[False].config) == ("iris",)
+
+
+def test_pupils_are_smoothed_in_the_frame(seeing: dict[bool, Annotator]) -> None:
+    """Where windows move, what they show is still; and frames apart are left alone."""
+    rng = np.random.default_rng(0)
+    indices = [*range(8), 20, 30]
+    video, members, _ = looking((rng.normal(size=10) * 0.08).tolist(), indices)
+    raw, _ = from_row(seeing[False](to_row(video, members)))
+    smooth, longer = from_row(seeing[True](to_row(video, members)))
+    scores = smooth.tracks[0].scores
+    assert scores["pupil_jitter_raw"] == raw.tracks[0].scores["pupil_jitter"]
+    assert scores["pupil_jitter"] < scores["pupil_jitter_raw"] / 2
+    content = dict(longer)
+    matrices = npy_array(content["id01-v0-000.matrix.npy"])
+    before = npy_array(dict(from_row(seeing[False](to_row(video, members)))[1])["id01-v0-000.pupils.npy"])  # fmt: skip
+    after = npy_array(content["id01-v0-000.pupils.npy"])
+    np.testing.assert_allclose(after[8:], before[8:], atol=1e-4)
+    frame = [[transform(invert(m), p) for m, p in zip(matrices, path, strict=True)] for path in (before, after)]  # fmt: skip
+    np.testing.assert_allclose(frame[1][4], np.mean(frame[0][3:6], axis=0), atol=1e-2)
+
+
+def test_pupils_are_stored_before_the_frames(seeing: dict[bool, Annotator], tmp_path: Path) -> None:
+    video, members = made_video("id01", "v0", tracks=2, frames=3)
+    gone = reject_track(video.tracks[0], Cause.IDENTITY_DRIFT)
+    left = [member for member in members if member[0].startswith("id01-v0-001.")]
+    after, longer = add_pupils(replace(video, tracks=(gone, video.tracks[1])), left, seeing[False].finder, False)  # fmt: skip
+    assert after.tracks[0] == gone
+    assert [name for name, _ in longer[len(left) :]] == ["id01-v0-001.pupils.npy"]
+    make_dataset(str(tmp_path), [add_pupils(video, members, seeing[False].finder, False)])
+    reader = Reader(str(tmp_path), "train")
+    assert reader.has_pupils
+    (points,) = reader.read([Piece(1, PUPILS, PUPILS)])[0]
+    expected = dict(add_pupils(video, members, seeing[False].finder, False)[1])
+    assert points == expected[f"{reader.keys[1]}.pupils.npy"]
+    (sample, *_) = shards.read_index(str(tmp_path)).to_pylist()
+    thumbs = report.read_thumbs(str(tmp_path), sample)
+    plain = {**sample, "members": [name.replace("pupils", "unknown") for name in sample["members"]]}
+    without = report.read_thumbs(str(tmp_path), plain)
+    assert all((one.image != other.image).any() for one, other in zip(thumbs, without, strict=True))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import forecast
+from pipelines.annotate import AnnotateConfig
 from pipelines.download import DownloadConfig
 from pipelines.forecast import Listing, Offer
 from pipelines.preprocess import PreprocessConfig
@@ -90,6 +91,9 @@ def test_prediction_by_hand() -> None:
     costs = forecast.COSTS
     seconds = costs.cpu_per_video + 10 * costs.cpu_per_video_second + 40 * costs.cpu_per_frame
     assert told.cpu_hours.expected == pytest.approx(2000 / 3 * seconds / 3600)
+    gaze = forecast.predict(listing, offers, config(annotate=AnnotateConfig(pupils="iris")))
+    more = gaze.cpu_hours.expected - told.cpu_hours.expected
+    assert more == pytest.approx(2000 / 3 * 40 * costs.cpu_per_pupils / 3600)
     assert told.causes == {"download: private": 1, "download: rate limited": 1}
     assert told.num_sizes_assumed == 1
 
