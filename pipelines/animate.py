@@ -135,14 +135,14 @@ def with_gaze(
             raise ConfigError("--pupils iris: the model takes 68 points, none of them a pupil")
         return replace(config, pupils="none")
     if config.pupils == "none":
-        say("--pupils none: the gaze looks straight ahead")
+        say("--pupils none: eyes look straight ahead, unless --driving is a .npy with pupils")
         return config
     try:
         weights.find("iris")
     except weights.WeightsError as error:
         if config.pupils == "iris":
             raise
-        say(f"the gaze looks straight ahead: {error}")
+        say(f"eyes look straight ahead, unless --driving is a .npy with pupils: {error}")
         return replace(config, pupils="none")
     return replace(config, pupils="iris")
 

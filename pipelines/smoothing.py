@@ -257,6 +257,8 @@ def smooth_pupils(points: Floats, indices: Sequence[int]) -> Floats:
         points: in pixels that do not move with the face; (n, 0, 2) is allowed.
         indices: (n,) increasing frame indices.
     """
+    from scipy.signal import savgol_filter
+
     steady = np.array(points, dtype=np.float64)
     for run in runs(indices) if steady.size else []:
         if run.stop - run.start >= PUPIL_WINDOW:

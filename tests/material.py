@@ -23,6 +23,7 @@ needs_shared = pytest.mark.skipif(
 WHEEL = [
     "mediapipe==0.10.21",
     "--no-deps",
+    "--retries=1",
     "--only-binary=:all:",
     "--python-version=3.11",
     "--platform=manylinux_2_28_x86_64",

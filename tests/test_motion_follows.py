@@ -10,20 +10,28 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import psutil
 import pytest
+import torch
 from skimage import data
 
+from jobs.train_motion import PRESETS
 from models import bundle
+from models.frozen.chips import transform, warp
+from models.frozen.pupils import EYES, PupilFinder
+from models.motion.batch import MotionBatch
+from models.motion.flow import normalise
+from models.motion.learner import MotionLearner
 from models.motion.network import Motion
 from pipelines.samples import HeldOutConfig
 from pipelines.samples_motion import MotionSamplesConfig, held_out_batches
 from tests import clips
+from tests.eyes import drawn, iris_by_gradients
 from tests.imitation import measure
 from tests.material import SHARED, needs_shared
 from tests.models.motion.tiny import tiny
@@ -141,3 +149,61 @@ def test_ten_minutes_of_driving_take_the_memory_of_one(tmp_path: Path) -> None:
     assert (
         long - short < 250
     )  # landmarks and times of 13,500 more frames; their pictures alone would be 3,000
+
+
+# --- the gaze -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(3600)
+def test_with_pupils_the_gaze_is_driven(
+    iris_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn eyes that differ in their gaze alone: with the pupils that ``iris`` finds the generated ones look where the driver looks,
+    without them nowhere. Held-out gazes; where an eye looks is measured by gradients."""
+    monkeypatch.setenv("HEADRAY_WEIGHTS", str(iris_weights))
+    rng = np.random.default_rng(0)
+    gazes = np.column_stack([rng.uniform(-0.17, 0.17, 160), rng.uniform(-0.03, 0.04, 160)])
+    finder, size = PupilFinder(), 64
+    closer = np.array([[64 / 150, 0, -53 * 64 / 150], [0, 64 / 150, -5 * 64 / 150]])
+    made = []
+    for gaze in gazes:
+        image, points, _ = drawn(tuple(gaze))
+        pupils = finder.locate([image], points[None]).points[0]
+        whole = transform(closer, np.concatenate([points, pupils]))
+        made.append((warp(image, closer, (size, size)), whole))
+    images = torch.from_numpy(np.stack([image for image, _ in made]))
+    pictures = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    faces = np.stack([points for _, points in made])
+    slopes = {}
+    for count in (68, 70):
+        points = normalise(torch.from_numpy(faces[:, :count]), size).float()
+        torch.manual_seed(0)
+        preset = PRESETS["smoke"].learner
+        config = replace(preset, lr=1e-3, network=replace(preset.network, num_landmarks=count))
+        learner = MotionLearner(config, wrap=lambda network: network, device=torch.device("cpu"))
+        for step in range(500):
+            source, driving = rng.integers(0, 128, (2, 8))
+            batch = MotionBatch(
+                keys=["drawn"] * 8,
+                source=pictures[source],
+                driving=pictures[driving],
+                source_landmarks=points[source],
+                driving_landmarks=points[driving],
+            )
+            learner.train_step(batch, 8 * step)
+        model = learner.export().eval()
+        wanted, found = [], []
+        for source in range(128, 160):
+            driving = 128 + (source + 7) % 32
+            with torch.inference_mode():
+                cache = model.prepare(pictures[source][None], points[source][None])
+                frame, _ = model.drive(cache, points[driving][None])
+            shown = ((frame[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+            for eye in faces[driving][EYES]:
+                aside = (iris_by_gradients(shown, eye) - eye.mean(axis=0))[0]
+                found.append(aside / np.hypot(*(eye[3] - eye[0])))
+                wanted.append(gazes[driving, 0])
+        slopes[count] = np.polyfit(wanted, found, 1)[0]
+        print(count, slopes[count], np.corrcoef(wanted, found)[0, 1])  # noqa: T201
+    assert slopes[70] > 0.6
+    assert abs(slopes[68]) < 0.15

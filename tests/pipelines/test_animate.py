@@ -204,7 +204,9 @@ def test_landmarks_alone_drive_with_the_rate_that_is_given(
     config = settings(tmp_path, motion, portrait, driving, fps=30.0, batch=4)
     said: list[str] = []
     made = animate(config, said.append)
-    assert said == ["the driver has 68 points: the pupils of the model's 70 look straight ahead"]
+    assert said == [
+        "--pupils none: eyes look straight ahead, unless --driving is a .npy with pupils"
+    ]
     assert (made.frames, made.held) == (COUNT, 3)
     assert made.seconds == pytest.approx(1.0)
     assert probe(config.output).fps == pytest.approx(30)
@@ -426,7 +428,7 @@ def test_pupils_are_looked_for_where_the_model_takes_them(
     monkeypatch.setitem(weights.REGISTRY, "iris", nowhere)
     assert with_gaze(config, 70, told.append).pupils == "none"
     assert len(told) == 2
-    assert all("the gaze looks straight ahead" in line for line in told)
+    assert all("eyes look straight ahead" in line for line in told)
     assert "iris_landmark.tflite is in none of" in told[1]
     with pytest.raises(weights.WeightsError, match="HEADRAY_WEIGHTS"):
         with_gaze(replace(config, pupils="iris"), 70)
@@ -466,7 +468,7 @@ def test_the_gaze_of_source_and_driver_is_found(
     # a driver of 68 points has no gaze to follow, and it is said
     np.save(tmp_path / "points.npy", walking(3))
     animate(replace(config, driving=str(tmp_path / "points.npy")), told.append)
-    assert told == ["the driving landmarks have no pupils: the gaze looks straight ahead"]
+    assert told == ["the driver has 68 points: the pupils of the model's 70 look straight ahead"]
 
 
 @pytest.mark.parametrize("change", [{"fps": 0.0}, {"batch": 0}, {"crf": 60}])
