@@ -1,7 +1,7 @@
-"""What a process has freed goes back to the system. For the driver, which lives as long as the list is.
+"""The driver keeps little of what it has freed: it lives as long as the list is, and its threads are many.
 
-Nothing here changes what is computed. Measured in the driver (docs/log.md): the C library gives each of its 35 threads an arena, and pieces that
-Ray's threads free lie in all of them, 1 to 2 MiB more after each window of the list. With one arena for all of them it is 0.4 MiB.
+Nothing here changes what is computed. Measured in the driver (docs/log.md): the C library gives threads arenas of their own, and what Ray's
+threads free lies scattered in all of them, 1.5 MiB more after each window of the list. With one arena for all it is 0.4 MiB.
 """
 
 from __future__ import annotations

@@ -590,18 +590,9 @@ def publish(
         before = shards.read_manifest(output)
         if before["list_sha256"] == list_sha256 and not any(shards.committed(output)):
             return before, 0
-    samples, copies, means = gather(shards.load_commits(output, listed), config)
-    twins = identities.find_twins(means, config.identities.twin_threshold)
-    splits, gone = identities.settle(samples, copies, twins, config.identities)
+    made = pack(config, listed, before.get("buckets", {}), progress)
+    splits, gone, records = made.splits, made.gone, made.records
     memory.give_back()
-    plans, buckets = shards.plan_shards(
-        samples.kept(splits, gone), config.shards.target_mb, before.get("buckets", {})
-    )
-    records = []
-    for record in shards.pack_all(plans, output, config.shards):
-        records.append(record)
-        progress.packed(len(records), len(plans))
-    records.sort(key=lambda record: record["name"])
     tally = Tally()
     retryable = 0
 
@@ -640,10 +631,10 @@ def publish(
         "members": describe_windows(config) | identities.describe(config.identities),
         "twins": [
             [pair.one, pair.other, pair.cosine]
-            for pair in twins
+            for pair in made.twins
             if pair.one in splits and pair.other in splits
         ],
-        "buckets": buckets,
+        "buckets": made.buckets,
         "shards": listing,
         "index": shards.write_index_tables(indexed, output) if records else {},
         "tools": tool_versions(),
@@ -662,6 +653,47 @@ def publish(
         if name not in named:
             storage.remove(storage.join(output, "shards", name))
     return manifest, retryable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What is decided of the samples, and the shards that hold those that stay."""
+
+    splits: dict[str, str]
+    """Of :func:`pipelines.identities.settle`."""
+    gone: identities.Reasons
+    twins: list[identities.Twins]
+    buckets: dict[str, int]
+    """Number of shards by split."""
+    records: list[dict[str, Any]]
+    """Of :func:`pipelines.shards.pack_all`, sorted by name."""
+
+
+def pack(
+    config: PreprocessConfig, listed: Listed, buckets: Mapping[str, int], progress: Progress
+) -> Packed:
+    """Filter identities and pack shards. What only these need, means and where each sample lies, is let go with them.
+
+    Args:
+        config: of the run.
+        listed: all videos of the list; each has a commit.
+        buckets: number of shards by split of an earlier publication.
+        progress: told of each packed shard.
+    """
+    output = config.output
+    samples, copies, means = gather(shards.load_commits(output, listed), config)
+    twins = identities.find_twins(means, config.identities.twin_threshold)
+    splits, gone = identities.settle(samples, copies, twins, config.identities)
+    memory.give_back()
+    plans, buckets = shards.plan_shards(
+        samples.kept(splits, gone), config.shards.target_mb, buckets
+    )
+    records = []
+    for record in shards.pack_all(plans, output, config.shards):
+        records.append(record)
+        progress.packed(len(records), len(plans))
+    records.sort(key=lambda record: record["name"])
+    return Packed(splits=splits, gone=gone, twins=twins, buckets=dict(buckets), records=records)
 
 
 def digest_of(keys: Iterable[str]) -> str:
