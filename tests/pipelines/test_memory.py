@@ -75,7 +75,7 @@ class Plan:
         self.keys = keys
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
-        self.held.append(sum(isinstance(item, Video) for item in gc.get_objects()))
+        self.held.append(sum(type(item) is Video for item in gc.get_objects()))
         nothing = {
             "cause": "",
             "frames": 0,
