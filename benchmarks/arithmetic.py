@@ -30,9 +30,7 @@ sys.path[0] = str(REPOSITORY)  # run as a script, its own folder would come firs
 from benchmarks import steps  # noqa: E402
 from models.aligner.learner import AlignerLearner, AlignerLearnerConfig  # noqa: E402
 from models.blender.learner import (  # noqa: E402
-    PERCEPTUAL_LAYERS,
     BlenderLearner,
-    BlenderLearnerConfig,
 )
 from models.motion.learner import MotionLearner, MotionLearnerConfig  # noqa: E402
 
@@ -64,8 +62,7 @@ def paper_steps() -> Iterator[tuple[str, Callable[..., Any], Any, Any]]:
         aligner,
         steps.aligner_noise(aligner.network, 1, SOURCES, FACES),
     )
-    layers = len(PERCEPTUAL_LAYERS["vgg19"])
-    blender = BlenderLearnerConfig(random_init=True, perceptual_weights=(1 / layers,) * layers)
+    blender = steps.paper_blender()
     yield "Blender, 512 px", BlenderLearner, blender, steps.blender_noise(blender.network.size, 1)
     for stage in (1, 2):
         motion = MotionLearnerConfig(random_init=True, stage=stage)

@@ -44,7 +44,6 @@ from benchmarks import animate, exemplar, steps  # noqa: E402
 from models.aligner.learner import AlignerLearner, AlignerLearnerConfig  # noqa: E402
 from models.aligner.network import Aligner, AlignerConfig  # noqa: E402
 from models.blender.learner import (  # noqa: E402
-    PERCEPTUAL_LAYERS,
     BlenderLearner,
     BlenderLearnerConfig,
 )
@@ -244,14 +243,7 @@ def train_aligner(device: torch.device, toy: bool) -> Iterator[Row]:
 
 def train_blender(device: torch.device, toy: bool) -> Iterator[Row]:
     """A step at 512 px; the correspondence by the fused kernel where it can."""
-    config = BlenderLearnerConfig(random_init=True)
-    layers = len(PERCEPTUAL_LAYERS[config.perceptual])
-    backend = "fused" if on_gpu(device) else "chunked"
-    config = BlenderLearnerConfig(
-        random_init=True,
-        perceptual_weights=(1 / layers,) * layers,
-        network=BlenderConfig(warp=WarpConfig(backend=backend)),  # type: ignore[arg-type]
-    )
+    config = steps.paper_blender("fused" if on_gpu(device) else "chunked")
     if toy:
         config = BlenderLearnerConfig(
             random_init=True, perceptual="none", network=TOY_BLENDER, discriminator_base=8, discriminator_limit=64

@@ -160,7 +160,7 @@ def run_one(config: PublicationConfig, folder: Path) -> dict[str, Any]:
     shards.pack_all = dummies.pack  # type: ignore[assignment]
     shards.packed_record = dummies.record  # type: ignore[assignment]
     report.write = lambda *_: None
-    memory.use_system_pool()  # as preprocess.run does
+    memory.hold_little()  # as the job does
     started = time.perf_counter()
     with Watch() as watch, Progress(lambda _: None) as progress:
         videos = preprocess.open_list(wanted)

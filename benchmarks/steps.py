@@ -19,6 +19,9 @@ from benchmarks.peak import PeakBytes
 from models.aligner.batch import AlignerBatch
 from models.aligner.network import AlignerConfig
 from models.blender.batch import BlenderBatch
+from models.blender.learner import PERCEPTUAL_LAYERS, BlenderLearnerConfig
+from models.blender.network import BlenderConfig
+from models.blender.warp import Backend, WarpConfig
 from models.motion.batch import MotionBatch
 from models.motion.network import MotionConfig
 
@@ -117,6 +120,16 @@ def blender_noise(size: int, count: int) -> BlenderBatch:
         colours=torch.tensor([1.0, 1, 1, 0]).expand(count, 4), turn=torch.zeros(count, 2),
         wants_aligner=torch.zeros(count, dtype=torch.bool),
     )  # fmt: skip
+
+
+def paper_blender(backend: Backend = "chunked") -> BlenderLearnerConfig:
+    """The Blender at the paper's size with random frozen weights, every layer of VGG-19 counting the same."""
+    layers = len(PERCEPTUAL_LAYERS["vgg19"])
+    return BlenderLearnerConfig(
+        random_init=True,
+        perceptual_weights=(1 / layers,) * layers,
+        network=BlenderConfig(warp=WarpConfig(backend=backend)),
+    )
 
 
 def motion_noise(network: MotionConfig, count: int) -> MotionBatch:

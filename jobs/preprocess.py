@@ -28,7 +28,7 @@ import tyro
 from rich.table import Table
 
 from jobs import runtime
-from pipelines import forecast, nodes, preprocess, replay, report, shards, storage, tracking
+from pipelines import forecast, memory, nodes, preprocess, replay, report, shards, storage, tracking
 from pipelines.annotate import AnnotateConfig
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig, manners_towards
@@ -121,6 +121,7 @@ def job() -> None:
 
 def make(config: PreprocessConfig) -> None:
     """Check everything, lock the output, record, and make the dataset or the rows of one stage."""
+    memory.hold_little()
     preprocess.check(config)
     videos = preprocess.open_list(config)
     with OutputLock(config.output):

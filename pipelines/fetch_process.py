@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pipelines.schema import Cause
+from pipelines.causes import Cause
 
 if TYPE_CHECKING:
     from pipelines.video import VideoInfo

@@ -246,7 +246,7 @@ def follow_video(
         missing = found.frames - decoded
         step = 1 / found.fps
         times += [times[-1] + step * (1 + index) for index in range(missing)]
-        causes += [str(error)] * missing
+        causes += [f"video breaks off: {error}"] * missing
     if config.smooth and FOUND in causes:
         steady(follower, _images(path, found, decoded), landmarks, pupils, boxes, causes)
     landmarks = np.concatenate([landmarks, pupils], axis=1)

@@ -60,7 +60,7 @@ SAME_PERSON: dict[EmbedderName, float] = {
 STRICTNESS = {"": -1, "train": 0, "val": 1, "test": 2}
 """Who gives way when one person or video is on two sides: the side that is trained on."""
 
-IDENTITIES_AT_ONCE = 1000
+IDENTITIES_AT_ONCE = 256
 """Rows of the table of cosines between identities that are held in memory."""
 CROPS_AT_ONCE = 64
 """Decoded crops held in memory."""

@@ -23,6 +23,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from models.frozen import weights
@@ -69,6 +70,19 @@ OPERATIONAL = (
     "tracks.decoder.videos_per_child",
 )
 """Fields that change how a run goes but not what it makes; neither does any ``resources``."""
+
+VIDEOS_AT_ONCE = 500
+"""Videos of the list that the driver holds as objects."""
+
+ROW_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("record", pa.string()),
+        ("names", pa.list_(pa.string())),
+        ("blobs", pa.list_(pa.binary())),
+    ]
+)
+"""Of :class:`pipelines.schema.VideoRow` as Arrow keeps it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,9 +315,12 @@ def build_plan(videos: Iterable[Video], config: PreprocessConfig) -> Dataset:
     """
     import ray.data
 
-    rows = [to_row(video) for video in videos]
-    num_blocks = -(-len(rows) // config.videos_per_block)
-    dataset: Dataset = ray.data.from_items(rows, override_num_blocks=num_blocks)
+    # Tables, a block at a time: the same videos as Python objects left ten times their size behind with its allocator.
+    blocks = [
+        pa.Table.from_pylist([to_row(video) for video in block], ROW_SCHEMA)
+        for block in batched(videos, config.videos_per_block)
+    ]
+    dataset: Dataset = ray.data.from_arrow(blocks)
     for add in stage_adders(config).values():
         dataset = add(dataset)
     return shards.add_commits(dataset, config.output, describe_windows(config), config.shards)
@@ -352,7 +369,6 @@ def run(config: PreprocessConfig, videos: Iterable[Video], progress: Progress) -
         NothingUsableError: nothing passed; ledger and report are written all the same. Or the canary failed.
     """
     started = time.perf_counter()
-    memory.use_system_pool()
     prepare(config)
     listed, stage_seconds, new_videos = process(config, videos, progress)
     manifest, retryable = publish(config, listed, progress)
@@ -491,33 +507,17 @@ def process(
     listed = Listed()
     has_work = listed.answer(shards.committed(config.output))
     is_over = not has_work and listed.answer(published(config.output))
-    takedowns = shards.read_takedowns(config.output)
     seconds: Counter[str] = Counter()
     count = 0
-    for window in batched(videos, config.window):
-        listed.add(window)
-        progress.listed(len(listed))
-        answers = {video.key: listed.answer_for(video.key) for video in window}
-        again = [key for key, kind in answers.items() if kind == "failed"]
-        attempts = {
-            commit.video.key: commit.video.attempts
-            for commit in shards.load_commits(config.output, again)
-        }
-        todo = [
-            shards.honour(replace(video, attempts=attempts.get(video.key, 0) + 1), takedowns)
-            for video in window
-            if answers[video.key] in ("", "failed")
-            and attempts.get(video.key, 0) < config.max_attempts
-        ]
-        progress.skipped(len(window) - len(todo))
-        if not todo:
-            continue
+    todo = unanswered(config, videos, listed, progress)
+    for first in todo:
         if is_over:
             raise ConfigError(
-                f"--output {config.output}: published without {todo[0].key} and its work folder is gone; "
+                f"--output {config.output}: published without {first.key} and its work folder is gone; "
                 "make a new --output, and give --keep-work where lists will grow"
             )
-        for row in build_plan(todo, config).iter_rows():
+        window = itertools.chain((first,), itertools.islice(todo, config.window - 1))
+        for row in build_plan(window, config).iter_rows():
             progress.video(row)
             seconds.update(json.loads(row["seconds"]))
             count += 1
@@ -528,6 +528,39 @@ def process(
             "folder is gone; take videos out with jobs/dataset.py takedown, or make a new --output"
         )
     return listed, dict(seconds), count
+
+
+def unanswered(
+    config: PreprocessConfig, videos: Iterable[Video], listed: Listed, progress: Progress
+) -> Iterator[Video]:
+    """The videos that this run must work on, with the number of this attempt; all others are counted and let go.
+
+    Args:
+        config: of the run.
+        videos: the list.
+        listed: each video is added to it; it holds the answers of earlier runs.
+        progress: told of what is known by now, and of what has an answer.
+    """
+    takedowns = shards.read_takedowns(config.output)
+    for some in batched(videos, VIDEOS_AT_ONCE):
+        listed.add(some)
+        progress.listed(len(listed))
+        answers = {video.key: listed.answer_for(video.key) for video in some}
+        again = [key for key, kind in answers.items() if kind == "failed"]
+        attempts = {
+            commit.video.key: commit.video.attempts
+            for commit in shards.load_commits(config.output, again)
+        }
+        todo = [
+            video
+            for video in some
+            if answers[video.key] in ("", "failed")
+            and attempts.get(video.key, 0) < config.max_attempts
+        ]
+        progress.skipped(len(some) - len(todo))
+        for video in todo:
+            attempt = attempts.get(video.key, 0) + 1
+            yield shards.honour(replace(video, attempts=attempt), takedowns)
 
 
 def published(output: str) -> Iterator[tuple[str, str]]:
@@ -559,18 +592,9 @@ def publish(
         before = shards.read_manifest(output)
         if before["list_sha256"] == list_sha256 and not any(shards.committed(output)):
             return before, 0
-    samples, copies, means = gather(shards.load_commits(output, listed), config)
-    twins = identities.find_twins(means, config.identities.twin_threshold)
-    splits, gone = identities.settle(samples, copies, twins, config.identities)
+    made = pack(config, listed, before.get("buckets", {}), progress)
+    splits, gone, records = made.splits, made.gone, made.records
     memory.give_back()
-    plans, buckets = shards.plan_shards(
-        samples.kept(splits, gone), config.shards.target_mb, before.get("buckets", {})
-    )
-    records = []
-    for record in shards.pack_all(plans, output, config.shards):
-        records.append(record)
-        progress.packed(len(records), len(plans))
-    records.sort(key=lambda record: record["name"])
     tally = Tally()
     retryable = 0
 
@@ -609,10 +633,10 @@ def publish(
         "members": describe_windows(config) | identities.describe(config.identities),
         "twins": [
             [pair.one, pair.other, pair.cosine]
-            for pair in twins
+            for pair in made.twins
             if pair.one in splits and pair.other in splits
         ],
-        "buckets": buckets,
+        "buckets": made.buckets,
         "shards": listing,
         "index": shards.write_index_tables(indexed, output) if records else {},
         "tools": tool_versions(),
@@ -631,6 +655,47 @@ def publish(
         if name not in named:
             storage.remove(storage.join(output, "shards", name))
     return manifest, retryable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What is decided of the samples, and the shards that hold those that stay."""
+
+    splits: dict[str, str]
+    """Of :func:`pipelines.identities.settle`."""
+    gone: identities.Reasons
+    twins: list[identities.Twins]
+    buckets: dict[str, int]
+    """Number of shards by split."""
+    records: list[dict[str, Any]]
+    """Of :func:`pipelines.shards.pack_all`, sorted by name."""
+
+
+def pack(
+    config: PreprocessConfig, listed: Listed, buckets: Mapping[str, int], progress: Progress
+) -> Packed:
+    """Filter identities and pack shards. What only these need, means and where each sample lies, is let go with them.
+
+    Args:
+        config: of the run.
+        listed: all videos of the list; each has a commit.
+        buckets: number of shards by split of an earlier publication.
+        progress: told of each packed shard.
+    """
+    output = config.output
+    samples, copies, means = gather(shards.load_commits(output, listed), config)
+    twins = identities.find_twins(means, config.identities.twin_threshold)
+    splits, gone = identities.settle(samples, copies, twins, config.identities)
+    memory.give_back()
+    plans, buckets = shards.plan_shards(
+        samples.kept(splits, gone), config.shards.target_mb, buckets
+    )
+    records = []
+    for record in shards.pack_all(plans, output, config.shards):
+        records.append(record)
+        progress.packed(len(records), len(plans))
+    records.sort(key=lambda record: record["name"])
+    return Packed(splits=splits, gone=gone, twins=twins, buckets=dict(buckets), records=records)
 
 
 def digest_of(keys: Iterable[str]) -> str:

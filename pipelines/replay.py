@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pipelines import shards, storage
 from pipelines.output import ConfigError
 from pipelines.preprocess import (
+    ROW_SCHEMA,
     PreprocessConfig,
     configure_ray_data,
     prepare,
@@ -29,17 +30,6 @@ from pipelines.schema import Track, Video, VideoRow, batched, from_row, to_row
 
 if TYPE_CHECKING:
     from ray.data import Dataset
-
-ROW_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("record", pa.string()),
-        ("names", pa.list_(pa.string())),
-        ("blobs", pa.list_(pa.binary())),
-    ]
-)
-"""Of the parquet files: :class:`pipelines.schema.VideoRow`."""
-
 
 # ---------------------------------------------------------------------------------------------- rows on disk
 

@@ -121,7 +121,7 @@ def draw(
     number: int,
     rng: np.random.Generator,
 ) -> Pair:
-    """Choose the frames of training sample ``number``.
+    """Choose the frames of training sample ``number``, in either order alike: first order model's reversal of time.
 
     Args:
         reader: of the split.

@@ -10,7 +10,8 @@ centre, side and angle: as little bend as can be had for what the window strays 
 strays a third further where a head sways (docs/log.md).
 
 Only frames that are neighbours in the video are smoothed together: points of frames 0.2 s apart have nothing to do with each
-other's noise, and a blink between them is one frame. numpy and scipy only.
+other's noise, and a blink between them is one frame. numpy and scipy only; the latter is imported where it is used, since it costs
+every actor that imports this module 0.8 s, and most smooth nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import solveh_banded
-from scipy.ndimage import median_filter
-from scipy.signal import savgol_filter
 
 from pipelines.geometry import Floats, invert, square_matrix, transform, window_side
 
@@ -124,8 +122,27 @@ def find_blinks(opening: Floats, indices: Sequence[int]) -> list[tuple[int, int,
     return sorted(set(found))
 
 
-def blinks_kept(raw: Floats, smooth: Floats, indices: Sequence[int]) -> tuple[float, int]:
-    """What smoothing leaves of blinks: the least share of a blink's depth, and the most frames that its deepest point moves.
+def blink_middle(opening: Floats) -> float:
+    """Where in (n,) openings a dip lies: midway between falling below half its depth and rising above it, frames from the first.
+
+    Not its deepest frame: eyes stay shut for several, and noise says which of them is the deepest.
+    """
+    first = last = int(opening.argmin())
+    half = (opening[first] + (opening[0] + opening[-1]) / 2) / 2
+    while first > 0 and opening[first - 1] <= half:
+        first -= 1
+    while last + 1 < len(opening) and opening[last + 1] <= half:
+        last += 1
+    fall, rise = float(first), float(last)
+    if first > 0:
+        fall -= (half - opening[first]) / (opening[first - 1] - opening[first])
+    if last + 1 < len(opening):
+        rise += (half - opening[last]) / (opening[last + 1] - opening[last])
+    return (fall + rise) / 2
+
+
+def blinks_kept(raw: Floats, smooth: Floats, indices: Sequence[int]) -> tuple[float, float]:
+    """What smoothing leaves of blinks: the least share of a blink's depth, and the most frames by which one is early or late.
 
     Args:
         raw, smooth: (n, 68, 2) before and after.
@@ -135,20 +152,14 @@ def blinks_kept(raw: Floats, smooth: Floats, indices: Sequence[int]) -> tuple[fl
         (NaN, 0) when nobody blinks.
     """
     before, after = eye_opening(raw), eye_opening(smooth)
-    shares, lags = [], []
+    shares, lags = [], [0.0]
     for first, low, last in find_blinks(before, indices):
-        # over a plateau the middle of the lowest frames counts
-        def deepest(signal: Floats, first: int = first, last: int = last) -> float:
-            inside = signal[first : last + 1]
-            near = inside <= inside.min() + 0.1 * np.ptp(inside)
-            return float(np.flatnonzero(near).mean())
-
         opened = (before[first] + before[last]) / 2
         shares.append((opened - after[first : last + 1].min()) / (opened - before[low]))
-        lags.append(abs(deepest(after) - deepest(before)))
-    if not shares:
-        return float("nan"), 0
-    return float(min(shares)), round(max(lags))
+        around = range(max(first - WINDOW // 2, 0), min(last + WINDOW // 2 + 1, len(before)))
+        near = [i for i in around if indices[i] - indices[low] == i - low]
+        lags.append(float(abs(blink_middle(after[near]) - blink_middle(before[near]))))
+    return float(min(shares, default=np.nan)), max(lags)
 
 
 def fit_paths(values: Floats, indices: Sequence[int], window: int) -> Floats:
@@ -156,6 +167,8 @@ def fit_paths(values: Floats, indices: Sequence[int], window: int) -> Floats:
 
     In a stretch shorter than the window the window is as long as it can be; fewer than four frames stay as they are.
     """
+    from scipy.signal import savgol_filter
+
     fitted = np.array(values, dtype=np.float64)
     for run in runs(indices):
         length = run.stop - run.start
@@ -179,6 +192,8 @@ def jumps(
         limit: how far, in medians of ``sides``.
         indices: (n,) increasing frame indices.
     """
+    from scipy.ndimage import median_filter
+
     found = np.zeros(len(points), bool)
     for run in runs(indices):
         usual = median_filter(points[run], size=(JUMP_WINDOW, 1, 1), mode="nearest")
@@ -198,6 +213,8 @@ def fuse(points: Floats, moves: Floats, indices: Sequence[int]) -> Floats:
         moves: (n, k, 2) px from the frame before by the flow, NaN where it is not believed.
         indices: (n,) increasing frame indices; nothing is known of steps over a gap.
     """
+    from scipy.linalg import solveh_banded
+
     fused = np.array(points, dtype=np.float64)
     count = fused.shape[1]
     for run in runs(indices):
@@ -240,6 +257,8 @@ def smooth_pupils(points: Floats, indices: Sequence[int]) -> Floats:
         points: in pixels that do not move with the face; (n, 0, 2) is allowed.
         indices: (n,) increasing frame indices.
     """
+    from scipy.signal import savgol_filter
+
     steady = np.array(points, dtype=np.float64)
     for run in runs(indices) if steady.size else []:
         if run.stop - run.start >= PUPIL_WINDOW:
@@ -312,6 +331,8 @@ def follow_trend(path: Floats, stiffness: float, small: float) -> Floats:
         stiffness: in the path's unit.
         small: bends below it cost by their square (Huber).
     """
+    from scipy.linalg import solveh_banded
+
     trend = path.copy()
     if len(path) < 3:
         return trend

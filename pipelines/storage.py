@@ -122,6 +122,26 @@ def put_file(source: Path, uri: str) -> None:
         shutil.copyfile(source, aside)
 
 
+def require_place(uri: str) -> None:
+    """Raise :class:`PlaceError` unless a file can be made there; before work that would be lost. Makes its folder.
+
+    Only of this machine's disks: other places are known when they are written to.
+    """
+    if not is_local(uri):
+        return
+    target = Path(filesystem(uri)[1])
+    if target.is_dir():
+        raise PlaceError(f"{uri}: a folder; give the name of a file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise PlaceError(
+            f"{uri}: cannot be written ({error.strerror}); give another place"
+        ) from error
+
+
 @contextmanager
 def local_aside(target: Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary name in the target's folder; on success synced and renamed to it, on failure removed."""

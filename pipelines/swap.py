@@ -582,6 +582,8 @@ def swap(config: SwapConfig, say: Callable[[str], None] = lambda _: None) -> lis
         WeightsError: of a frozen network.
     """
     check_outputs(config)
+    for output in config.outputs:
+        storage.require_place(output)
     loaded = load(config, say)
     made: list[Made] = []
     errors: list[Exception] = []

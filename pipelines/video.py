@@ -48,7 +48,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
-from pipelines.schema import Cause, one_line
+from pipelines.causes import Cause, one_line
 
 logger = logging.getLogger(__name__)
 

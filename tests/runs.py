@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipelines import shards, storage
+from pipelines import shards, storage, tracking
 from tests.material import REPOSITORY
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -29,6 +31,16 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
+@cache
+def empty_store() -> bytes:
+    """An MLflow database in which nothing is recorded yet. To make one costs 2 s of CPU, more than most jobs of the tests compute;
+    that a job makes its own is shown by tests/pipelines/test_tracking.py and tests/test_submit.py."""
+    with TemporaryDirectory() as folder:
+        database = Path(folder) / "mlflow.db"
+        tracking.make_database(f"sqlite:///{database}")
+        return database.read_bytes()
+
+
 def start_job(
     name: str, *arguments: str, folder: Path, extra: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
@@ -37,6 +49,9 @@ def start_job(
     ``extra`` is added to its environment.
     """
     command = [sys.executable, str(REPOSITORY / "jobs" / f"{name}.py"), *arguments]
+    store = folder / "mlflow.db"
+    if not store.exists():
+        store.write_bytes(empty_store())
     with (folder / f"{name}.log").open("a") as log:
         return subprocess.Popen(
             command,

@@ -21,6 +21,7 @@ def arguments(corpus: Path, url: str, output: Path) -> list[str]:
         f"--output={output}",
         f"--download.url-template={url}/{{video}}.mp4",
         "--max-attempts=1",
+        "--download.tries=1",  # the broken one is broken for good
         "--identities.min-twin-cosine=1",  # all its people are one portrait
         "--crops.min-frames=5",
         "--tracks.min-frames=5",

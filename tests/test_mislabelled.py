@@ -36,7 +36,7 @@ WRONG = {
 """What is listed under each identity but shows another."""
 ALIAS = [("kitchen_b", 50), ("kitchen_b", 110)]
 """Videos of kitchen under another name."""
-SECONDS = 1.5
+SECONDS = 1.2
 HALVED = ("m003", "w036", "kitchen")
 """Large clips are halved, for time."""
 

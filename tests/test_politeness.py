@@ -100,8 +100,11 @@ def test_an_address_that_is_given_up_leaves_the_list_for_another_day_or_another_
     job = [*arguments(tmp_path, site, names), "--max-attempts=1", "--download.max-blocks=2"]
     code, text = run_job("preprocess", *job, folder=tmp_path)
     assert code == 3
-    assert text.strip().splitlines()[-1].startswith("nothing usable: all 3 videos")
-    assert "3 × download: bot check" in text
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("nothing usable: all 3 videos")
+    assert "3 × download: bot check" in last
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    assert (tmp_path / "out" / "report" / "index.html").exists()
     rows = ledger(tmp_path / "out")
     videos = [rows[f"id1-{name}"] for name in names]
     assert {(row["state"], row["attempts"]) for row in videos} == {("failed", 0)}

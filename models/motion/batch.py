@@ -74,15 +74,5 @@ class MotionBatch:
             chosen[name] = torch.where(which.to(tensor.device).view(shape), mirrored, tensor)
         return replace(self, **chosen)
 
-    def swapped(self, which: Tensor) -> MotionBatch:
-        """Let source and driving frame change places in the pairs for which ``which`` (b,) is True: time runs backwards."""
-        chosen: dict[str, Any] = {}
-        for suffix in ("", "_landmarks"):
-            source, driving = getattr(self, f"source{suffix}"), getattr(self, f"driving{suffix}")
-            mask = which.to(source.device).view((-1,) + (1,) * (source.dim() - 1))
-            chosen[f"source{suffix}"] = torch.where(mask, driving, source)
-            chosen[f"driving{suffix}"] = torch.where(mask, source, driving)
-        return replace(self, **chosen)
-
     def _tensors(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "keys"}

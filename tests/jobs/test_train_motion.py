@@ -248,6 +248,26 @@ def test_voxceleb1_is_the_supplement(capsys: pytest.CaptureFixture[str]) -> None
     assert "warning: the supplement's epoch has 795 steps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["voxceleb1", "faceforensics"])
+def test_what_the_supplement_leaves_open_is_the_reference_configuration(name: str) -> None:
+    """First order model's numbers and our choices: a run is only comparable with another that has them."""
+    preset = train_motion.PRESETS[name]
+    learner, samples, shape = preset.learner, preset.samples, preset.learner.network
+    assert (learner.betas, learner.schedule.drop_factor, learner.clip) == ((0.5, 0.999), 0.1, 10)
+    assert (learner.features, learner.reconstruction) == ("vgg19", 10)
+    assert (learner.adversarial, learner.feature_matching) == (1, 10)
+    regularisers = (learner.mask_prior, learner.total_variation, learner.local_magnitude)
+    assert regularisers == (2, 0, 0)
+    assert (learner.discriminator_norm, learner.discriminator_activation) == ("batch", "relu")
+    assert (learner.discriminator_padding, learner.discriminator_condition) == (0, "none")
+    assert (samples.flip, samples.jitter, samples.reserve) == (0.5, 0.1, 0)
+    assert (shape.adain_norm, shape.adain_pos, shape.adain_hidden) == ("instance", "norm", 256)
+    assert (shape.add_motion, shape.local_add_motion, shape.skip) == ("spatial", True, "none")
+    assert (shape.compose, shape.local_compose) == ("feature_blend", "residual")
+    assert (shape.warp_padding, shape.local_occlusion) == ("border", False)
+    assert (shape.generator_base, shape.generator_down, shape.generator_residuals) == (64, 2, 6)
+
+
 def test_faceforensics_is_eighty_epochs_of_files(capsys: pytest.CaptureFixture[str]) -> None:
     preset = train_motion.PRESETS["faceforensics"]
     resolved = train_motion.with_epochs(preset, 900)

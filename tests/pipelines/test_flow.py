@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from skimage import data
 
-from pipelines.flow import REACH, SIDE, FaceFlow, grey_face
+from pipelines.flow import REACH, SIDE, FaceFlow, follow, grey_face
 from pipelines.geometry import transform
 
 BOX = np.array([179.0, 83, 267, 171])
@@ -60,6 +60,9 @@ def test_a_gap_and_what_does_not_come_back_are_not_believed() -> None:
     noise = np.random.default_rng(0).integers(0, 255, picture.shape, np.uint8)
     flow.add(3, noise, BOX, points())
     assert np.isnan(flow.moves[3]).mean() > 0.8
+    # between two pictures of noise every point is followed to somewhere, but few come back
+    noises = [np.random.default_rng(i).integers(0, 255, (512, 512), np.uint8) for i in range(2)]
+    assert np.isfinite(follow(*noises, points())).all(axis=1).mean() < 0.4
 
 
 def test_the_small_picture_is_where_it_says() -> None:

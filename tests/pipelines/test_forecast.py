@@ -17,7 +17,7 @@ from pipelines.forecast import Listing, Offer
 from pipelines.preprocess import PreprocessConfig
 from pipelines.schema import Cause, Span, Video, reject
 from tests import clips
-from tests.runs import run_job
+from tests.runs import empty_store, run_job
 from tests.site import Page, VideoSite, status
 
 ANNOTATED = Span(name="00001", times=(2.0, 12.0), boxes=((0, 0, 1, 1), (0, 0, 1, 1)))
@@ -171,7 +171,7 @@ def test_the_job_plans_and_writes_nothing(tmp_path: Path) -> None:
     )
     assert code == 0, text
     assert not output.exists()
-    assert not (tmp_path / "mlflow.db").exists()
+    assert (tmp_path / "mlflow.db").read_bytes() == empty_store()
     survivors = next(line for line in text.splitlines() if "can be fetched" in line)
     assert re.findall(r"[\d.]+", survivors)[:2] == ["1", "0"]
     assert "1 of the sample: download: not found" in text

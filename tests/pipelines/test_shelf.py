@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import memory
 from pipelines.shelf import Shelf, places, quoted
 from pipelines.storage import PlaceError
 from pipelines.tables import ROW_COLUMNS, sorted_rows
@@ -58,9 +57,3 @@ def test_a_full_temporary_folder_is_a_place_that_is_full(
     shelf = Shelf("CREATE TABLE rows (text)", "PRAGMA max_page_count = 20")
     with pytest.raises(PlaceError, match=f"{tmp_path}: no space left"):
         shelf.add("INSERT INTO rows VALUES (?)", (("x" * 1000,) for _ in range(1000)))
-
-
-def test_giving_back_takes_nothing_that_is_in_use() -> None:
-    held = [bytes([number]) * 1000 for number in range(200)]
-    memory.give_back()
-    assert [text[0] for text in held] == list(range(200))

@@ -223,3 +223,17 @@ def test_absolute_changes_local_paths_only(tmp_path: Path, monkeypatch: pytest.M
     assert storage.absolute("memory://bucket/x") == "memory://bucket/x"
     with pytest.raises(ValueError, match="nonsense"):
         storage.filesystem("nonsense://x")
+
+
+def test_a_place_is_tried_before_it_is_needed(tmp_path: Path) -> None:
+    storage.require_place(str(tmp_path / "new" / "out.mp4"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["new"]
+    storage.require_place("memory://anywhere/out.mp4")
+    (tmp_path / "file").write_text("a file, no folder")
+    for place, told in [
+        (tmp_path / "new", "new: a folder"),
+        (tmp_path / "file" / "out.mp4", "out.mp4: cannot be written"),
+        (tmp_path / "file" / "deep" / "out.mp4", "out.mp4: cannot be written"),
+    ]:
+        with pytest.raises(storage.PlaceError, match=told):
+            storage.require_place(str(place))

@@ -29,14 +29,6 @@ def test_a_flipped_left_eye_is_a_right_eye() -> None:
     assert torch.equal(flipped.source[0, :, :, 0], batch.source[0, :, :, -1])
 
 
-def test_swapping_exchanges_source_and_driving() -> None:
-    batch = pairs(3)
-    swapped = batch.swapped(torch.tensor([True, False, True]))
-    assert torch.equal(swapped.source[0], batch.driving[0])
-    assert torch.equal(swapped.driving_landmarks[2], batch.source_landmarks[2])
-    assert torch.equal(swapped.source[1], batch.source[1])
-
-
 def test_dividing_and_moving() -> None:
     batch = pairs(4)
     parts = batch.chunk(2)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from torchvision.models.vgg import cfgs, make_layers
 
 from models.frozen.vgg import Vgg19Features
 from models.motion.learner import PERCEPTUAL_LAYERS
@@ -25,6 +26,7 @@ def test_the_pyramid_is_scipys_blur_and_a_stride() -> None:
     images = torch.randn(2, 3, 64, 48, dtype=torch.float64)
     levels = pyramid(images)
     assert torch.equal(levels[0], images)
+    assert [tuple(level.shape[2:]) for level in levels] == [(64, 48), (32, 24), (16, 12), (8, 6)]
     for scale, level in zip(SCALES[1:], levels[1:], strict=True):
         stride = round(1 / scale)
         sigma = (stride - 1) / 2
@@ -65,7 +67,19 @@ def test_the_perceptual_loss_with_a_real_network(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_default_layers_are_the_five_of_first_order_model() -> None:
+    """Its slices of torchvision's network end at 1, 6, 11, 20 and 29."""
     layers = PERCEPTUAL_LAYERS["vgg19"]
+    with torch.device("meta"):
+        stack = make_layers(cfgs["E"])
+    names, block, place = {}, 1, 0
+    for index, layer in enumerate(stack):
+        if isinstance(layer, torch.nn.MaxPool2d):
+            block, place = block + 1, 0
+        elif isinstance(layer, torch.nn.Conv2d):
+            place += 1
+        else:
+            names[index] = f"relu{block}_{place}"
+    assert layers == tuple(names[index] for index in (1, 6, 11, 20, 29))
     network = Vgg19Features(layers, random_init=True)  # its weights cannot be had in tests
     assert network.channels == [64, 128, 256, 512, 512]
     assert network.strides == [1, 2, 4, 8, 16]

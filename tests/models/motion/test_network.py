@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.motion.dense import AddMotion, MotionBlock
 from models.motion.flow import identity_grid, warp
-from models.motion.generator import Generator
+from models.motion.generator import Generator, ResidualBlock
 from models.motion.network import Motion, MotionConfig
 from tests.models.motion.tiny import TINY, awake, landmarks, pictures, tiny
 
@@ -148,6 +148,7 @@ def test_a_new_model_moves_nothing_whatever_the_landmarks(size: int) -> None:
         assert torch.allclose(warp(picture, fields.deformation), picture, atol=1e-6)
         assert fields.mask is not None
         assert torch.allclose(fields.mask, torch.full_like(fields.mask, 0.5))
+        assert 0.8 < fields.occlusion.mean() < 0.95  # a logit of 2: nearly everything passes
 
 
 @pytest.mark.parametrize("kind", ["spatial", "broadcast"])
@@ -156,6 +157,24 @@ def test_no_motion_adds_exactly_nothing(kind: Any) -> None:
     still = torch.randn(3, 20)
     assert torch.equal(layer(hidden, still - still), hidden)
     assert not torch.allclose(layer(hidden, still), hidden)
+
+
+def test_a_driving_frame_like_the_source_adds_nothing_anywhere() -> None:
+    """In the network, too: Add Motion is told d - s, of the whole face and of each part."""
+    model = awake(tiny()).eval()
+    added: list[bool] = []
+
+    def note(_module: nn.Module, inputs: Any, output: Tensor) -> None:
+        added.append(not torch.equal(inputs[0], output))
+
+    for module in model.modules():
+        if isinstance(module, AddMotion):
+            module.register_forward_hook(note)
+    source, face = pictures(1), landmarks(1)
+    model(source, face, face)
+    assert added == [False] * 4
+    model(source, face, landmarks(1, seed=5))
+    assert added[4:] == [True] * 4
 
 
 def moved_by_add_motion(kind: Any) -> float:
@@ -278,6 +297,19 @@ def shapes(model: Motion) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.parametrize(("logit", "moves"), [(-40.0, False), (40.0, True)])
+def test_where_the_mask_is_shut_the_source_stays(logit: float, moves: bool) -> None:
+    model = awake(tiny()).eval()
+    whole = model.dense.global_motion
+    with torch.no_grad():
+        whole.mask.weight.zero_()
+        whole.mask.bias.fill_(logit)
+        before, _ = model(pictures(1), landmarks(1), landmarks(1, seed=2))
+        whole.displacement.bias.add_(0.4)
+        after, _ = model(pictures(1), landmarks(1), landmarks(1, seed=2))
+    assert torch.allclose(before, after, atol=1e-6) is not moves
+
+
 def test_a_mask_that_multiplies_the_flow() -> None:
     model = awake(tiny(compose="flow_product")).eval()
     cache = model.prepare(pictures(), landmarks())
@@ -372,3 +404,16 @@ def test_the_generator_is_split_where_the_source_ends() -> None:
     image = generator.decode(features)
     assert image.shape == (2, 3, 32, 32)
     assert image.abs().max() < 1
+
+
+def test_a_residual_block_normalises_and_cuts_off_before_each_convolution() -> None:
+    torch.manual_seed(0)
+    block = ResidualBlock(4).double()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+
+    def before(y: Tensor) -> Tensor:
+        spread = y.var(dim=(0, 2, 3), unbiased=False, keepdim=True)
+        return ((y - y.mean(dim=(0, 2, 3), keepdim=True)) / (spread + 1e-5).sqrt()).clamp(min=0)
+
+    expected = x + block.conv2(before(block.conv1(before(x))))
+    assert torch.allclose(block(x), expected)

@@ -1,0 +1,100 @@
+#!/usr/bin/env python
+"""Published dataset + trained bundles → scores of people the networks were not trained on, and a page to look at.
+
+    python jobs/evaluate.py --dataset data/vox2 --aligner bundles/aligner --output scores/aligner
+    python jobs/evaluate.py --dataset data/vox2 --aligner bundles/aligner --blender bundles/blender --output scores/both
+    python jobs/evaluate.py --dataset data/vox1 --motion bundles/motion --output scores/motion
+
+The Aligner is scored on everybody's own motion and on other people's, from 1, 4, 8 and 32 pictures (--shots); the Blender on heads that
+go back where they were, in their own colours and in others; the motion model on clips that are made of their first frame.
+OUTPUT gets index.html, scores.json, rows.csv (every picture) and the sheets as PNG.
+
+Exit codes: 0 done, 2 wrong arguments or inputs, 3 no face in any generated picture, 1 our fault.
+"""
+
+from __future__ import annotations
+
+if not __package__:
+    import script_path  # noqa: F401
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+from rich.table import Table
+
+from jobs import runtime
+from pipelines import scores, storage, tracking
+from pipelines.evaluation import EvaluateConfig, evaluate
+from pipelines.output import CONFIG, NothingUsableError, OutputLock, require_same_recipe
+from pipelines.scores import MEANINGS, Scores
+
+PRESETS = {
+    "base": EvaluateConfig(dataset=tyro.MISSING, output=tyro.MISSING),
+}
+
+
+def job() -> None:
+    """Parse, score, write, summarise."""
+    config = runtime.parse(PRESETS, __doc__ or "")
+    config = replace(
+        config,
+        dataset=runtime.location("dataset", config.dataset),
+        output=runtime.location("output", config.output),
+        aligner=place_of("aligner", config.aligner),
+        blender=place_of("blender", config.blender),
+        motion=place_of("motion", config.motion),
+    )
+    require_same_recipe(config.output, {})
+    with OutputLock(config.output):
+        flat = runtime.record(config, config.output, "evaluate")
+        version = runtime.code_version()
+        found = Scores()
+        about = evaluate(config, found.add, runtime.console.print)
+        about |= {"commit": version["commit"]}
+        scores.write(config.output, found, about)
+        store = tracking.find_store(config.output, runtime.submitted())
+        tags = {"git_commit": version["commit"], "job": "evaluate"}
+        with tracking.open_run(store, "headray-evaluate", flat, tags) as run:
+            run.metrics(found.flat())
+            run.record(about, "about.json")
+            with tempfile.TemporaryDirectory(prefix="headray-") as folder:
+                for name in (scores.PAGE, scores.SCORES, scores.ROWS):
+                    path = Path(folder, name)
+                    path.write_bytes(storage.read_bytes(storage.join(config.output, name)))
+                    run.file(path)
+    summarise(config, found)
+    runtime.console.print(f"mlflow   {store.show}")
+    faces = [row.values["found"] for row in found.rows if "found" in row.values]
+    if faces and not any(share > 0 for share in faces):
+        raise NothingUsableError("no face is found in any generated picture: the page shows them")
+
+
+def place_of(flag: str, uri: str) -> str:
+    """Of a bundle, absolute; empty: there is none."""
+    return runtime.location(flag, uri) if uri else ""
+
+
+def summarise(config: EvaluateConfig, found: Scores) -> None:
+    """The tables, and where all of it is."""
+    say = runtime.console.print
+    for study, lines in found.tables().items():
+        table = Table(title=f"{study}, means")
+        table.add_column("")
+        for line in lines:
+            table.add_column(line.setting, justify="right")
+        table.add_row("pictures", *(str(line.pictures) for line in lines))
+        for name in dict.fromkeys(name for line in lines for name in line.means):
+            means = [line.means.get(name) for line in lines]
+            digits = MEANINGS[name].digits
+            cells = [f"{m.value:.{digits}f}" if m and m.count else "–" for m in means]
+            table.add_row(MEANINGS[name].title, *cells)
+        say(table)
+    say(f"page     {storage.join(config.output, scores.PAGE)}")
+    say(f"scores   {storage.join(config.output, scores.SCORES)}, {scores.ROWS}")
+    say(f"config   {storage.join(config.output, CONFIG)}")
+
+
+if __name__ == "__main__":
+    runtime.main(job)

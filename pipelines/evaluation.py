@@ -1,0 +1,547 @@
+"""Published dataset + bundles → scores of people the networks were not trained on. One process on one device; no Ray.
+
+Aligner: a person re-enacts their own frame, which is known, and another person's, which nobody knows, from K = 1, 4, 8 and 32
+pictures (HeSer Fig. 2; protocol of latent pose reenactment). Blender: a head is put back where it was, in its own colours and
+in others (GHOST 2.0, Table 4). Motion: a clip is made of its first frame (first order model's reconstruction).
+
+All numbers of a line come from the same frames, and stand beside what nothing at all would get: the real frame's own
+identity similarity, the source that did not move, the head before it was painted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from skimage.color import deltaE_ciede2000, rgb2lab
+from skimage.metrics import structural_similarity
+from torch import Tensor
+from torch.nn import functional as F
+
+from models import metrics
+from models.aligner.augment import AugmentConfig
+from models.aligner.batch import AlignerBatch
+from models.aligner.network import Aligner
+from models.blender.batch import BlenderBatch
+from models.blender.network import Blended, Blender
+from models.blender.pairs import PairConfig
+from models.frozen.arcface import IdentityName, IdentityNetwork, load_identity_network
+from models.frozen.detector import DetectorName, load_detector
+from models.frozen.landmarks import LandmarkerName, load_landmarker
+from models.frozen.parsing import ParsingLabel
+from models.motion.batch import MotionBatch
+from models.motion.network import Motion
+from models.updates import Precision, autocast
+from pipelines import provenance, shards
+from pipelines.download import public_url
+from pipelines.geometry import Floats, Image, box_sizes, warp
+from pipelines.headpose import head_pose
+from pipelines.output import ConfigError
+from pipelines.samples import HeldOutConfig, pictures
+from pipelines.samples_aligner import AlignerSamples, AlignerSamplesConfig, face_matrix
+from pipelines.samples_blender import BlenderSamples, BlenderSamplesConfig
+from pipelines.samples_motion import MotionSamples, MotionSamplesConfig, open_held_out
+from pipelines.shards import DatasetError
+from pipelines.swap import load_network
+
+SIDE = 256
+"""Pixels of the pictures in which faces are looked for: the unit of ``akd``, as first order model's authors have it."""
+MIN_FACE = SIDE / 5
+SAY_SECONDS = 30.0
+AS_IT_IS = AugmentConfig(max_photometric=0, scale=0.0, shift=0.0)
+UNCHANGED = PairConfig(
+    brightness=0, contrast=0, saturation=0, hue=0, p_mirror=1, p_other_frame=0, p_noise=0,
+    p_reenacted=0, p_background=0, p_affine=0,
+)  # fmt: skip
+"""Of a head: put back where it was; its colours come from the mirrored frame."""
+RECOLOURED = replace(PairConfig(), p_mirror=1, p_other_frame=0, p_noise=1, p_reenacted=0, p_background=0, p_affine=0)  # fmt: skip
+"""In other colours, and where the painted region is enlarged at random."""
+SKIN = (ParsingLabel.SKIN, ParsingLabel.NOSE)
+HAIR = (ParsingLabel.HAIR,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Bundles are scored on people of a split."""
+
+    dataset: str
+    """Published dataset: a folder or fsspec URI."""
+    output: str
+    """Folder or URI for scores, rows, pictures and the page."""
+    aligner: str = ""
+    """Bundle of an Aligner: a folder, fsspec URI or models:/NAME@alias; empty: none."""
+    blender: str = ""
+    """Bundle of a Blender."""
+    motion: str = ""
+    """Bundle of a motion model."""
+    split: Literal["test", "val", "train"] = "test"
+    """Whose people. With train the scores are of people who were trained on."""
+    samples: int = 100
+    """Of each line of the tables; people take turns."""
+    shots: tuple[int, ...] = (1, 4, 8, 32)
+    """Pictures of a person that the Aligner is given: a line for each K."""
+    batch: int = 4
+    """Samples at once. Who is driven by whom depends on it: the next of the batch."""
+    identity: IdentityName = "dlib"
+    """Says whether it is the same person. The papers take arcface. Better another one than the Aligner learned from."""
+    detector: DetectorName = "dlib"
+    """Finds faces, in real and generated pictures alike."""
+    landmarker: LandmarkerName = "dlib"
+    """Finds their points."""
+    precision: Precision = "fp32"
+    """Of convolutions."""
+    grid: int = 6
+    """People, or samples, in the pictures."""
+    seed: int = 0
+    """Of the draw."""
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.batch, self.grid) < 1:
+            raise ValueError(
+                f"samples, batch and grid must be at least 1, got {self.samples}, {self.batch} and {self.grid}"
+            )
+        if not self.shots or min(self.shots) < 1:
+            raise ValueError(f"shots must be numbers from 1, got {self.shots}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Scores of one generated picture."""
+
+    study: str
+    """``aligner``, ``blender`` or ``motion``."""
+    setting: str
+    """Line of the study's table."""
+    key: str
+    """Sample and frame that it is made from."""
+    driver: str
+    """Sample and frame that it follows."""
+    values: dict[str, float]
+    """By name; NaN where there is nothing to score, such as the pose of a picture without a face."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """A picture to look at."""
+
+    study: str
+    title: str
+    image: Image
+
+
+Found = Row | Sheet
+Say = Callable[[str], None]
+
+
+class Judge:
+    """Networks that none of the models is made of: where a face is, and whose."""
+
+    def __init__(self, config: EvaluateConfig, device: torch.device) -> None:
+        """Load them. Raises ``WeightsError``."""
+        self.identity = config.identity
+        self.device = device
+        self._detector = load_detector(config.detector, MIN_FACE)
+        self._landmarker = load_landmarker(config.landmarker)
+        self._name = config.identity
+
+    @cached_property
+    def _network(self) -> IdentityNetwork:
+        return load_identity_network(self._name).to(self.device)
+
+    def points(self, image: Image) -> Floats | None:
+        """(68, 2) pixels of ``SIDE`` of the largest face of a square picture, found without a hint; None without one."""
+        resized = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+        square = np.asarray(resized, np.uint8)
+        boxes = self._detector.detect(square)[:, :4]
+        if not len(boxes):
+            return None
+        largest = boxes[int(np.prod(box_sizes(boxes), axis=1).argmax())]
+        return self._landmarker.locate(square, largest[None])[0].astype(np.float64)
+
+    def vector(self, image: Image, points: Floats) -> Tensor:
+        """Identity vector (d) of a face with these points in pixels of ``SIDE``."""
+        matrix = face_matrix(points * (image.shape[0] / SIDE), self.identity)
+        height, width = self._network.size
+        face = pictures([warp(image, matrix, (width, height))]).to(self.device)
+        return F.normalize(self._network.embedding(face)[0].float(), dim=0).cpu()
+
+    def known_as(self, images: Sequence[Image]) -> Tensor | None:
+        """The mean vector of a person's pictures, (d); None where no face is found in any."""
+        found = [(image, self.points(image)) for image in images]
+        vectors = [self.vector(image, points) for image, points in found if points is not None]
+        return torch.stack(vectors).mean(dim=0) if vectors else None
+
+
+# --- Aligner ----------------------------------------------------------------------------------------------------
+
+
+def reenactment(
+    config: EvaluateConfig, aligner: Aligner, judge: Judge, say: Say
+) -> Iterator[Found]:
+    """Self and cross re-enactment for every K that the dataset has frames for.
+
+    Raises:
+        DatasetError: for no K are there enough.
+    """
+    identity = load_identity_network(aligner.config.identity).to(judge.device)
+    last: AlignerSamples | None = None
+    for shots in config.shots:
+        try:
+            samples = aligner_samples(config, aligner, shots)
+        except DatasetError as error:
+            if shots == config.shots[-1] and last is None:
+                raise
+            say(f"K = {shots} is left out: {error}")
+            continue
+        if last is None and len(samples.reader.identities) < 2:
+            say(f"split {config.split} has one person: nobody is driven by somebody else")
+        last = samples
+        for batch in batches(config, samples, shots):
+            yield from _reenacted(config, aligner, identity, judge, batch, shots)
+    if last is not None:
+        most = last.config.max_sources
+        batch = last.batch([(n, most) for n in range(min(config.grid, len(last.reader.identities)))])  # fmt: skip
+        image = crossed(aligner, identity, batch.to(judge.device), config.precision)
+        title = f"Everyone (rows, K = {most}) as everyone moves (columns)"
+        yield Sheet(study="aligner", title=title, image=image)
+
+
+def aligner_samples(config: EvaluateConfig, aligner: Aligner, shots: int) -> AlignerSamples:
+    """People in turn, as they are. Raises :class:`DatasetError`."""
+    own = aligner.config
+    wanted = AlignerSamplesConfig(
+        batch_size=config.batch, seed=config.seed, min_sources=shots, max_sources=shots, output_size=own.size,
+        encoder_size=own.encoder_size, identity=own.identity, flip=0.0, augment=AS_IT_IS,
+    )  # fmt: skip
+    return AlignerSamples(wanted, config.dataset, config.split, rotate=True)
+
+
+def batches(config: EvaluateConfig, samples: AlignerSamples, shots: int) -> Iterator[AlignerBatch]:
+    """All samples of a line."""
+    for numbers in numbered(config):
+        yield samples.batch([(number, shots) for number in numbers])
+
+
+def numbered(config: EvaluateConfig) -> Iterator[list[int]]:
+    """Numbers of the samples, a batch at a time."""
+    for first in range(0, config.samples, config.batch):
+        yield list(range(first, min(first + config.batch, config.samples)))
+
+
+@torch.inference_mode()
+def generate(
+    aligner: Aligner, identity: IdentityNetwork, batch: AlignerBatch, precision: Precision, shift: int = 0
+) -> Tensor:  # fmt: skip
+    """Pictures (b, 3, S, S) in [-1, 1] of each person, driven by the one ``shift`` places on."""
+    faces = batch.source_faces
+    vectors = identity.embedding(faces.flatten(0, 1)).unflatten(0, faces.shape[:2])
+    driving, face = batch.driving.roll(-shift, 0), batch.driving_face.roll(-shift, 0)
+    with autocast(faces.device, precision):
+        image: Tensor = aligner(batch.sources, vectors, driving, face).image
+    return image.float()
+
+
+def _reenacted(
+    config: EvaluateConfig,
+    aligner: Aligner,
+    identity: IdentityNetwork,
+    judge: Judge,
+    batch: AlignerBatch,
+    shots: int,
+) -> Iterator[Row]:
+    there, real = batch.to(judge.device), to_images(batch.target)
+    known = [judge.known_as(to_images(sources)) for sources in batch.sources]
+    seen = [judge.points(image) for image in real]
+    own = to_images(generate(aligner, identity, there, config.precision))
+    target = to_images(shown_of(batch, batch.target, masked=aligner.config.has_mask))
+    portrait = to_images(shown_of(batch, pictures(own), masked=False))
+    for i, key in enumerate(batch.keys):
+        values = followed(judge, own[i], real[i], seen[i], known[i])
+        values |= {
+            "psnr": decibels(portrait[i], target[i]),
+            "ssim": similarity(portrait[i], target[i]),
+        }
+        yield Row(study="aligner", setting=f"self, K = {shots}", key=key, driver=key, values=values)
+    people = [person_of(key) for key in batch.keys]
+    if len(batch) < 2:
+        return
+    cross = to_images(generate(aligner, identity, there, config.precision, shift=1))
+    for i, key in enumerate(batch.keys):
+        j = (i + 1) % len(batch)
+        if people[i] != people[j]:
+            values = followed(judge, cross[i], real[j], seen[j], known[i])
+            values["leakage"] = values.pop("csim_driver") - values["csim"]
+            driver = batch.keys[j]
+            yield Row(study="aligner", setting=f"cross, K = {shots}", key=key, driver=driver, values=values)  # fmt: skip
+
+
+def person_of(key: str) -> str:
+    """Identity in the key of a sample or frame."""
+    return key.split("-", 1)[0]
+
+
+def shown_of(batch: AlignerBatch, images: Tensor, *, masked: bool) -> Tensor:
+    """Pictures (b, 3, S, S) black outside the frame, and outside the person if ``masked``."""
+    keep = batch.target_valid
+    if masked:
+        keep = keep * batch.target_foreground
+    return keep * (images + 1) - 1
+
+
+def followed(
+    judge: Judge, made: Image, driver: Image, driver_points: Floats | None, person: Tensor | None
+) -> dict[str, float]:
+    """How well a picture shows a person in a driver's pose.
+
+    Args:
+        judge: of faces.
+        made: generated picture.
+        driver: real one whose pose is wanted.
+        driver_points: its landmarks, pixels of ``SIDE``.
+        person: mean identity vector of whom it should show.
+    """
+    nothing = float("nan")
+    points = judge.points(made)
+    values = {
+        "csim": nothing, "csim_of_driver": nothing, "csim_driver": nothing, "pose": nothing, "pose_fitted": nothing, "head_pose": nothing,
+        "found": float(points is not None),
+    }  # fmt: skip
+    if driver_points is None:
+        return values | {"found": nothing}
+    # where none is found, the face is taken to be where the driver's is (latent pose reenactment's fixed box)
+    vector = judge.vector(made, driver_points if points is None else points)
+    real = judge.vector(driver, driver_points)
+    if person is not None:
+        values["csim"] = float(metrics.csim(vector[None], person[None]))
+        values["csim_of_driver"] = float(metrics.csim(real[None], person[None]))
+        values["csim_driver"] = float(metrics.csim(vector[None], real[None]))
+    if points is not None:
+        both = torch.from_numpy(np.stack([points, driver_points]))
+        for name, fitted in (("pose", False), ("pose_fitted", True)):
+            distance = metrics.landmark_distance(both[:1], both[1:], fitted=fitted)
+            values[name] = float(distance)
+        values["head_pose"] = float(np.abs(head_pose(points) - head_pose(driver_points)).mean())
+    return values
+
+
+@torch.inference_mode()
+def crossed(
+    aligner: Aligner, identity: IdentityNetwork, batch: AlignerBatch, precision: Precision
+) -> Image:
+    """Rows of people, columns of drivers: (n + 1) x (n + 1) pictures."""
+    size = batch.target.shape[-1]
+    source = F.interpolate(batch.sources[:, 0], (size, size), mode="bilinear", antialias=True)
+    blank = torch.ones_like(batch.target[0])
+    n = len(batch)
+    columns = [generate(aligner, identity, batch, precision, shift=shift) for shift in range(n)]
+    lines = [torch.cat([blank, *batch.target], dim=2)]
+    for i in range(n):
+        line = [columns[(j - i) % n][i] for j in range(n)]
+        lines.append(torch.cat([source[i], *line], dim=2))
+    (image,) = to_images(torch.cat(lines, dim=1)[None])
+    return image
+
+
+# --- Blender ----------------------------------------------------------------------------------------------------
+
+
+def blending(config: EvaluateConfig, blender: Blender, judge: Judge) -> Iterator[Found]:
+    """A head put back where it was. Raises :class:`DatasetError`."""
+    for setting, pairs in (("own colours", UNCHANGED), ("other colours", RECOLOURED)):
+        wanted = BlenderSamplesConfig(
+            batch_size=config.batch, seed=config.seed, output_size=blender.config.size, pairs=pairs
+        )
+        samples = BlenderSamples(wanted, config.dataset, config.split, rotate=True)
+        for numbers in numbered(config):
+            batch = samples.batch(numbers)
+            with torch.inference_mode(), autocast(judge.device, config.precision):
+                blended = blender(batch.to(judge.device))
+            yield from _blended(batch, blended, setting)
+        batch = samples.batch(list(range(min(config.grid, len(samples.reader.identities)))))
+        with torch.inference_mode(), autocast(judge.device, config.precision):
+            blended = blender(batch.to(judge.device))
+        columns = (
+            batch.target, batch.animated, blended.head_exemplar, blended.ring_exemplar, composed(batch, blended),
+            batch.truth,
+        )  # fmt: skip
+        rows = torch.cat([column.float().cpu().clamp(-1, 1) for column in columns], dim=3)
+        title = (
+            f"{setting}: scene, head, colours for the head, for its surroundings, blended, truth"
+        )
+        (image,) = to_images(torch.cat(list(rows), dim=1)[None])
+        yield Sheet(study="blender", title=title, image=image)
+
+
+def composed(batch: BlenderBatch, blended: Blended) -> Tensor:
+    """(b, 3, S, S) what was painted over the truth, on the CPU."""
+    painted = blended.masks.painted.cpu()
+    return torch.where(painted > 0, blended.image.float().cpu(), batch.truth)
+
+
+def _blended(batch: BlenderBatch, blended: Blended, setting: str) -> Iterator[Row]:
+    made, truth = to_images(composed(batch, blended)), to_images(batch.truth)
+    before, labels = to_images(batch.animated), batch.animated_labels[:, 0].numpy()
+    valid = batch.truth_valid[:, 0].numpy() > 0
+    regions = {
+        "psnr": blended.masks.painted, "psnr_head": blended.masks.head_a, "psnr_inpainted": blended.masks.ring_a,
+    }  # fmt: skip
+    masks = {name: mask.cpu()[:, 0].numpy() > 0 for name, mask in regions.items()}
+    for i, key in enumerate(batch.keys):
+        values = {
+            name: decibels(made[i], truth[i], mask[i] & valid[i]) for name, mask in masks.items()
+        }
+        values["ssim"] = similarity(made[i], truth[i])
+        for name, group in (("skin", SKIN), ("hair", HAIR)):
+            where = np.isin(labels[i], group) & valid[i]
+            values[f"{name}_delta_e"] = colour_distance(made[i], truth[i], where)
+            values[f"{name}_delta_e_before"] = colour_distance(before[i], truth[i], where)
+        yield Row(study="blender", setting=setting, key=key, driver=key, values=values)
+
+
+# --- motion -----------------------------------------------------------------------------------------------------
+
+
+def following(config: EvaluateConfig, model: Motion, judge: Judge) -> Iterator[Found]:
+    """Frames of a clip made from its first one, never the first itself. Raises :class:`DatasetError`."""
+    wanted = MotionSamplesConfig(
+        batch_size=config.batch, seed=config.seed, size=model.config.size,
+        num_landmarks=68 if model.config.num_landmarks == 68 else 70,
+    )  # fmt: skip
+    samples: MotionSamples = open_held_out(wanted, HeldOutConfig(split=config.split), config.dataset)  # fmt: skip
+    for numbers in numbered(config):
+        batch = samples.batch(numbers)
+        yield from _imitated(judge, batch, imitate(model, batch, judge.device, config.precision))
+    batch = samples.batch(list(range(min(config.grid, samples.units))))
+    made = imitate(model, batch, judge.device, config.precision)
+    rows = torch.cat([batch.source, batch.driving, made], dim=3)
+    (image,) = to_images(torch.cat(list(rows), dim=1)[None])
+    yield Sheet(study="motion", title="first frame, driving frame, generated", image=image)
+
+
+@torch.inference_mode()
+def imitate(
+    model: Motion, batch: MotionBatch, device: torch.device, precision: Precision
+) -> Tensor:
+    """Pictures (b, 3, S, S) in [-1, 1], on the CPU."""
+    there = batch.to(device)
+    with autocast(device, precision):
+        made, _ = model(there.source, there.source_landmarks, there.driving_landmarks)
+    picture: Tensor = made.float().cpu()
+    return picture
+
+
+def _imitated(judge: Judge, batch: MotionBatch, made: Tensor) -> Iterator[Row]:
+    shown = zip(to_images(batch.source), to_images(batch.driving), to_images(made), strict=True)
+    for i, (source, driving, generated) in enumerate(shown):
+        values = {
+            "l1": float((made[i] - batch.driving[i]).abs().mean()) / 2,
+            "l1_source": float((batch.source[i] - batch.driving[i]).abs().mean()) / 2,
+            "psnr": decibels(generated, driving),
+            "ssim": similarity(generated, driving),
+        }
+        values |= imitated(judge, source, driving, generated)
+        key, _, frame = batch.keys[i].rpartition(".")
+        driver = f"{key.rpartition('.')[0]}.{frame}"
+        yield Row(study="motion", setting="same person", key=key, driver=driver, values=values)
+
+
+def imitated(judge: Judge, source: Image, driving: Image, made: Image) -> dict[str, float]:
+    """Landmark distances in pixels of ``SIDE`` (mean absolute difference of a coordinate) and the identity's, of pictures with faces."""
+    nothing = float("nan")
+    wanted, first, own = (judge.points(image) for image in (driving, source, made))
+    values = {"akd": nothing, "akd_source": nothing, "aed": nothing, "found": nothing}
+    if wanted is None:
+        return values
+    values["found"] = float(own is not None)
+    if first is not None:
+        values["akd_source"] = float(np.abs(first - wanted).mean())
+    if own is not None:
+        values["akd"] = float(np.abs(own - wanted).mean())
+        difference = judge.vector(made, own) - judge.vector(driving, wanted)
+        values["aed"] = float(difference.square().sum())
+    return values
+
+
+# --- scores of pictures -----------------------------------------------------------------------------------------
+
+
+def to_images(tensors: Tensor) -> list[Image]:
+    """(n, 3, h, w) in [-1, 1] to n RGB pictures."""
+    levels = ((tensors.float() + 1) * 127.5).round().clamp(0, 255).byte()
+    return list(levels.permute(0, 2, 3, 1).cpu().contiguous().numpy())
+
+
+def decibels(made: Image, real: Image, mask: NDArray[np.bool_] | None = None) -> float:
+    """Peak signal-to-noise ratio of pictures (h, w, 3) where the mask (h, w) is true, at most 100; NaN where it never is."""
+    squared = (made.astype(np.float64) - real) ** 2
+    chosen = squared if mask is None else squared[mask]
+    if not chosen.size:
+        return float("nan")
+    return float(10 * np.log10(255**2 / max(float(chosen.mean()), 255**2 * 1e-10)))
+
+
+def similarity(made: Image, real: Image) -> float:
+    """Structural similarity of pictures (h, w, 3), the channels' mean (Wang et al. 2004, scikit-image's windows of 7)."""
+    return float(structural_similarity(made, real, channel_axis=2, data_range=255))
+
+
+def colour_distance(made: Image, real: Image, mask: NDArray[np.bool_]) -> float:
+    """CIEDE2000 between the mean CIELAB colours of two pictures where the mask (h, w) is true; NaN where it never is."""
+    if not mask.any():
+        return float("nan")
+    one, other = (rgb2lab(image)[mask].mean(axis=0) for image in (made, real))
+    return float(deltaE_ciede2000(one, other))
+
+
+def evaluate(config: EvaluateConfig, keep: Callable[[Found], None], say: Say) -> dict[str, Any]:
+    """Score every bundle that is given.
+
+    Args:
+        config: what and how; places absolute.
+        keep: takes each row and picture as it is found.
+        say: told of progress and of what is left out.
+
+    Returns:
+        what was scored: dataset, bundles, networks that judged.
+
+    Raises:
+        ConfigError: a bundle cannot be used.
+        DatasetError: the dataset cannot be, or has no such people.
+        WeightsError: of the networks that judge.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    networks: dict[str, tuple[Any, str]] = {}
+    for name, kind in (("aligner", Aligner), ("blender", Blender), ("motion", Motion)):
+        if uri := getattr(config, name):
+            networks[name] = load_network(name, uri, kind)
+    if not networks:
+        raise ConfigError("nothing to evaluate: give --aligner, --blender or --motion")
+    if "aligner" in networks and networks["aligner"][0].source_code is not None:
+        raise ConfigError(
+            f"--aligner {config.aligner}: was fine-tuned to one person; give the one it was made from"
+        )
+    judge = Judge(config, device)
+    manifest = shards.read_manifest(config.dataset)
+    studies: dict[str, Callable[[Any], Iterator[Found]]] = {
+        "aligner": lambda network: reenactment(config, network, judge, say),
+        "blender": lambda network: blending(config, network, judge),
+        "motion": lambda network: following(config, network, judge),
+    }
+    for name, (network, _) in networks.items():
+        began = time.perf_counter()
+        for count, found in enumerate(studies[name](network.to(device).eval()), 1):
+            keep(found)
+            if time.perf_counter() - began > SAY_SECONDS:
+                began = time.perf_counter()
+                say(f"{name}: {count} pictures scored")
+    return {
+        "dataset": f"{public_url(config.dataset)}, version {manifest['dataset_version']}, split {config.split}",
+        "judged_by": {"identity": config.identity, "detector": config.detector, "landmarks": config.landmarker},
+    } | {name: provenance.describe_bundle(place) for name, (_, place) in networks.items()}  # fmt: skip
