@@ -18,7 +18,7 @@ if not __package__:
     import script_path  # noqa: F401
 
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import tyro
@@ -26,8 +26,14 @@ from rich.table import Table
 
 from jobs import runtime
 from pipelines import scores, storage, tracking
-from pipelines.evaluation import EvaluateConfig, evaluate
-from pipelines.output import CONFIG, NothingUsableError, OutputLock, require_same_recipe
+from pipelines.evaluation import EvaluateConfig, evaluate, prepare
+from pipelines.output import (
+    CONFIG,
+    NothingUsableError,
+    OutputLock,
+    flatten,
+    require_same_recipe,
+)
 from pipelines.scores import MEANINGS, Scores
 
 PRESETS = {
@@ -46,17 +52,19 @@ def job() -> None:
         blender=place_of("blender", config.blender),
         motion=place_of("motion", config.motion),
     )
-    require_same_recipe(config.output, {})
+    recipe = {name: value for name, value in asdict(config).items() if name != "output"}
+    require_same_recipe(config.output, flatten(recipe))
+    ready = prepare(config)
     with OutputLock(config.output):
         flat = runtime.record(config, config.output, "evaluate")
         version = runtime.code_version()
-        found = Scores()
-        about = evaluate(config, found.add, runtime.console.print)
-        about |= {"commit": version["commit"]}
-        scores.write(config.output, found, about)
         store = tracking.find_store(config.output, runtime.submitted())
         tags = {"git_commit": version["commit"], "job": "evaluate"}
+        found = Scores()
         with tracking.open_run(store, "headray-evaluate", flat, tags) as run:
+            about = evaluate(config, ready, found.add, runtime.console.print)
+            about |= {"commit": version["commit"]}
+            scores.write(config.output, found, about)
             run.metrics(found.flat())
             run.record(about, "about.json")
             with tempfile.TemporaryDirectory(prefix="headray-") as folder:

@@ -39,7 +39,15 @@ from pipelines.follower import (
     follow_video,
     read_picture,
 )
-from pipelines.geometry import Floats, Image, fomm_window, landmark_boxes, transform, warp
+from pipelines.geometry import (
+    Floats,
+    Image,
+    fomm_window,
+    landmark_boxes,
+    transform,
+    warp,
+    window_side,
+)
 from pipelines.output import ConfigError, NothingUsableError
 from pipelines.video import encode
 
@@ -214,13 +222,24 @@ def fit(drive: Followed, source: Floats, config: AnimateConfig, size: int, count
         (m, count, 2) pixels of the source's window, m frames found.
     """
     known = drive.landmarks[[cause == FOUND for cause in drive.causes]]
-    window = fomm_window(landmark_boxes(known[:, :68]), size)
+    boxes = landmark_boxes(known[:, :68])
+    room = clip_room(boxes, size)
+    window = fomm_window(
+        boxes, size, max(1.0, SOURCE_ROOM / room)
+    )  # of a still head as of the source
     return adapt(
         with_points(source, count),
         with_points(transform(window, known), count),
         config.mode,
         config.pose,
     )
+
+
+def clip_room(boxes: Floats, size: int) -> float:
+    """How much larger the window of a clip with these tight boxes (n, 4) is than that of one of its frames, from 1."""
+    some = boxes[:: max(1, len(boxes) // 200)]
+    alone = np.median([window_side(fomm_window(box[None], size), size) for box in some])
+    return float(window_side(fomm_window(boxes, size), size) / alone)
 
 
 def with_points(landmarks: Floats, count: int) -> Points:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -44,10 +44,10 @@ from pipelines.download import public_url
 from pipelines.geometry import Floats, Image, box_sizes, warp
 from pipelines.headpose import head_pose
 from pipelines.output import ConfigError
-from pipelines.samples import HeldOutConfig, pictures
+from pipelines.samples import pictures
 from pipelines.samples_aligner import AlignerSamples, AlignerSamplesConfig, face_matrix
 from pipelines.samples_blender import BlenderSamples, BlenderSamplesConfig
-from pipelines.samples_motion import MotionSamples, MotionSamplesConfig, open_held_out
+from pipelines.samples_motion import MotionSamples, MotionSamplesConfig
 from pipelines.shards import DatasetError
 from pipelines.swap import load_network
 
@@ -88,7 +88,7 @@ class EvaluateConfig:
     shots: tuple[int, ...] = (1, 4, 8, 32)
     """Pictures of a person that the Aligner is given: a line for each K."""
     batch: int = 4
-    """Samples at once. Who is driven by whom depends on it: the next of the batch."""
+    """Samples at once."""
     identity: IdentityName = "dlib"
     """Says whether it is the same person. The papers take arcface. Better another one than the Aligner learned from."""
     detector: DetectorName = "dlib"
@@ -107,6 +107,8 @@ class EvaluateConfig:
             raise ValueError(
                 f"samples, batch and grid must be at least 1, got {self.samples}, {self.batch} and {self.grid}"
             )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be 0 to {2**32 - 1}, got {self.seed}")
         if not self.shots or min(self.shots) < 1:
             raise ValueError(f"shots must be numbers from 1, got {self.shots}")
 
@@ -172,11 +174,10 @@ class Judge:
         face = pictures([warp(image, matrix, (width, height))]).to(self.device)
         return F.normalize(self._network.embedding(face)[0].float(), dim=0).cpu()
 
-    def known_as(self, images: Sequence[Image]) -> Tensor | None:
-        """The mean vector of a person's pictures, (d); None where no face is found in any."""
-        found = [(image, self.points(image)) for image in images]
-        vectors = [self.vector(image, points) for image, points in found if points is not None]
-        return torch.stack(vectors).mean(dim=0) if vectors else None
+    def vector_of(self, image: Image) -> Tensor | None:
+        """Identity vector (d) of the largest face; None without one."""
+        points = self.points(image)
+        return None if points is None else self.vector(image, points)
 
 
 # --- Aligner ----------------------------------------------------------------------------------------------------
@@ -185,48 +186,54 @@ class Judge:
 def reenactment(
     config: EvaluateConfig, aligner: Aligner, judge: Judge, say: Say
 ) -> Iterator[Found]:
-    """Self and cross re-enactment for every K that the dataset has frames for.
+    """Self and cross re-enactment for every K that the dataset has frames for: the same targets for all, from the first K of the same pictures.
 
     Raises:
         DatasetError: for no K are there enough.
     """
+    samples, shots = aligner_samples(config, aligner, say)
+    people = len(samples.reader.identities)
+    if people < 2 or config.samples < 2:
+        say(f"{people} person and {config.samples} samples: nobody is driven by somebody else")
+    if aligner.config.has_mask and not samples.reader.has_labels:
+        say(
+            "no labels in this split: what is not the person cannot be left out, so there is no PSNR and no SSIM"
+        )
     identity = load_identity_network(aligner.config.identity).to(judge.device)
-    last: AlignerSamples | None = None
-    for shots in config.shots:
-        try:
-            samples = aligner_samples(config, aligner, shots)
-        except DatasetError as error:
-            if shots == config.shots[-1] and last is None:
-                raise
-            say(f"K = {shots} is left out: {error}")
-            continue
-        if last is None and len(samples.reader.identities) < 2:
-            say(f"split {config.split} has one person: nobody is driven by somebody else")
-        last = samples
-        for batch in batches(config, samples, shots):
-            yield from _reenacted(config, aligner, identity, judge, batch, shots)
-    if last is not None:
-        most = last.config.max_sources
-        batch = last.batch([(n, most) for n in range(min(config.grid, len(last.reader.identities)))])  # fmt: skip
-        image = crossed(aligner, identity, batch.to(judge.device), config.precision)
-        title = f"Everyone (rows, K = {most}) as everyone moves (columns)"
-        yield Sheet(study="aligner", title=title, image=image)
-
-
-def aligner_samples(config: EvaluateConfig, aligner: Aligner, shots: int) -> AlignerSamples:
-    """People in turn, as they are. Raises :class:`DatasetError`."""
-    own = aligner.config
-    wanted = AlignerSamplesConfig(
-        batch_size=config.batch, seed=config.seed, min_sources=shots, max_sources=shots, output_size=own.size,
-        encoder_size=own.encoder_size, identity=own.identity, flip=0.0, augment=AS_IT_IS,
-    )  # fmt: skip
-    return AlignerSamples(wanted, config.dataset, config.split, rotate=True)
-
-
-def batches(config: EvaluateConfig, samples: AlignerSamples, shots: int) -> Iterator[AlignerBatch]:
-    """All samples of a line."""
+    most = shots[-1]
     for numbers in numbered(config):
-        yield samples.batch([(number, shots) for number in numbers])
+        following = (numbers[-1] + 1) % config.samples  # drives the last one
+        batch = samples.batch([(number, most) for number in [*numbers, following]])
+        shown = Shown(batch, judge, [number % people for number in [*numbers, following]])
+        shown.is_whole = samples.reader.has_labels or not aligner.config.has_mask
+        for count in shots:
+            yield from _reenacted(aligner, identity, judge, shown, count, config.precision)
+    batch = samples.batch([(number, most) for number in range(min(config.grid, people))])
+    image = crossed(aligner, identity, batch.to(judge.device), config.precision)
+    title = f"Everyone (rows, K = {most}) as everyone moves (columns)"
+    yield Sheet(study="aligner", title=title, image=image)
+
+
+def aligner_samples(
+    config: EvaluateConfig, aligner: Aligner, say: Say
+) -> tuple[AlignerSamples, list[int]]:
+    """People in turn, as they are, with as many sources as the largest K that all have; and every K up to it.
+
+    Raises:
+        DatasetError: there is none.
+    """
+    own, shots = aligner.config, sorted(set(config.shots))
+    while True:
+        wanted = AlignerSamplesConfig(
+            batch_size=config.batch, seed=config.seed, min_sources=shots[-1], max_sources=shots[-1], output_size=own.size,
+            encoder_size=own.encoder_size, identity=own.identity, flip=0.0, augment=AS_IT_IS,
+        )  # fmt: skip
+        try:
+            return AlignerSamples(wanted, config.dataset, config.split, rotate=True), shots
+        except DatasetError as error:
+            if len(shots) == 1:
+                raise
+            say(f"K = {shots.pop()} is left out: {error}")
 
 
 def numbered(config: EvaluateConfig) -> Iterator[list[int]]:
@@ -235,56 +242,81 @@ def numbered(config: EvaluateConfig) -> Iterator[list[int]]:
         yield list(range(first, min(first + config.batch, config.samples)))
 
 
+class Shown:
+    """Samples with what is known of their real pictures; the last of them only drives the one before it."""
+
+    def __init__(self, batch: AlignerBatch, judge: Judge, people: Sequence[int]) -> None:
+        self.batch, self.people = batch, people
+        self.is_whole = True
+        """Whether the target can be made black where the network makes it so."""
+        self.real = to_images(batch.target)
+        self.points = [judge.points(image) for image in self.real]
+        self._sources = [
+            [judge.vector_of(image) for image in to_images(sources)]
+            for sources in batch.sources[:-1]
+        ]
+
+    def person(self, index: int, count: int) -> Tensor | None:
+        """Mean identity vector of the first ``count`` sources; None where no face is found in any."""
+        found = [vector for vector in self._sources[index][:count] if vector is not None]
+        return torch.stack(found).mean(dim=0) if found else None
+
+
 @torch.inference_mode()
 def generate(
-    aligner: Aligner, identity: IdentityNetwork, batch: AlignerBatch, precision: Precision, shift: int = 0
+    aligner: Aligner, identity: IdentityNetwork, people: AlignerBatch, drivers: AlignerBatch, precision: Precision
 ) -> Tensor:  # fmt: skip
-    """Pictures (b, 3, S, S) in [-1, 1] of each person, driven by the one ``shift`` places on."""
-    faces = batch.source_faces
+    """Pictures (b, 3, S, S) in [-1, 1] of each person, moved by the driver of the same place; batches on one device."""
+    faces = people.source_faces
     vectors = identity.embedding(faces.flatten(0, 1)).unflatten(0, faces.shape[:2])
-    driving, face = batch.driving.roll(-shift, 0), batch.driving_face.roll(-shift, 0)
     with autocast(faces.device, precision):
-        image: Tensor = aligner(batch.sources, vectors, driving, face).image
-    return image.float()
+        portrait = aligner(people.sources, vectors, drivers.driving, drivers.driving_face)
+    image: Tensor = portrait.image.float()
+    return image
+
+
+def part(batch: AlignerBatch, places: slice, count: int | None = None) -> AlignerBatch:
+    """Some samples, with their first ``count`` sources."""
+    tensors = {
+        item.name: getattr(batch, item.name)[places]
+        for item in fields(AlignerBatch)
+        if item.name != "keys"
+    }
+    tensors |= {name: tensors[name][:, :count] for name in ("sources", "source_faces")}
+    return AlignerBatch(keys=batch.keys[places], **tensors)
 
 
 def _reenacted(
-    config: EvaluateConfig,
     aligner: Aligner,
     identity: IdentityNetwork,
     judge: Judge,
-    batch: AlignerBatch,
-    shots: int,
+    shown: Shown,
+    count: int,
+    precision: Precision,
 ) -> Iterator[Row]:
-    there, real = batch.to(judge.device), to_images(batch.target)
-    known = [judge.known_as(to_images(sources)) for sources in batch.sources]
-    seen = [judge.points(image) for image in real]
-    own = to_images(generate(aligner, identity, there, config.precision))
-    target = to_images(shown_of(batch, batch.target, masked=aligner.config.has_mask))
-    portrait = to_images(shown_of(batch, pictures(own), masked=False))
-    for i, key in enumerate(batch.keys):
-        values = followed(judge, own[i], real[i], seen[i], known[i])
-        values |= {
-            "psnr": decibels(portrait[i], target[i]),
-            "ssim": similarity(portrait[i], target[i]),
-        }
-        yield Row(study="aligner", setting=f"self, K = {shots}", key=key, driver=key, values=values)
-    people = [person_of(key) for key in batch.keys]
-    if len(batch) < 2:
-        return
-    cross = to_images(generate(aligner, identity, there, config.precision, shift=1))
-    for i, key in enumerate(batch.keys):
-        j = (i + 1) % len(batch)
-        if people[i] != people[j]:
-            values = followed(judge, cross[i], real[j], seen[j], known[i])
+    there = shown.batch.to(judge.device)
+    people, drivers = part(there, slice(0, -1), count), part(there, slice(1, None))
+    here = part(shown.batch, slice(0, -1))
+    own = to_images(generate(aligner, identity, people, people, precision))
+    target = to_images(shown_of(here, here.target, masked=aligner.config.has_mask))
+    portrait = to_images(shown_of(here, pictures(own), masked=False))
+    for i, key in enumerate(here.keys):
+        person = shown.person(i, count)
+        values = followed(judge, own[i], shown.real[i], shown.points[i], person)
+        values |= {"psnr": float("nan"), "ssim": float("nan")}
+        if shown.is_whole:
+            values["psnr"] = decibels(portrait[i], target[i])
+            values["ssim"] = similarity(portrait[i], target[i])
+        yield Row(study="aligner", setting=f"self, K = {count}", key=key, driver=key, values=values)
+    cross = to_images(generate(aligner, identity, people, drivers, precision))
+    for i, key in enumerate(here.keys):
+        if shown.people[i] != shown.people[i + 1]:
+            driver, points = shown.real[i + 1], shown.points[i + 1]
+            values = followed(judge, cross[i], driver, points, shown.person(i, count))
             values["leakage"] = values.pop("csim_driver") - values["csim"]
-            driver = batch.keys[j]
-            yield Row(study="aligner", setting=f"cross, K = {shots}", key=key, driver=driver, values=values)  # fmt: skip
-
-
-def person_of(key: str) -> str:
-    """Identity in the key of a sample or frame."""
-    return key.split("-", 1)[0]
+            yield Row(
+                study="aligner", setting=f"cross, K = {count}", key=key, driver=drivers.keys[i], values=values
+            )  # fmt: skip
 
 
 def shown_of(batch: AlignerBatch, images: Tensor, *, masked: bool) -> Tensor:
@@ -340,10 +372,10 @@ def crossed(
     source = F.interpolate(batch.sources[:, 0], (size, size), mode="bilinear", antialias=True)
     blank = torch.ones_like(batch.target[0])
     n = len(batch)
-    columns = [generate(aligner, identity, batch, precision, shift=shift) for shift in range(n)]
     lines = [torch.cat([blank, *batch.target], dim=2)]
     for i in range(n):
-        line = [columns[(j - i) % n][i] for j in range(n)]
+        people = part(batch, slice(i, i + 1))
+        line = [generate(aligner, identity, people, part(batch, slice(j, j + 1)), precision)[0] for j in range(n)]  # fmt: skip
         lines.append(torch.cat([source[i], *line], dim=2))
     (image,) = to_images(torch.cat(lines, dim=1)[None])
     return image
@@ -411,10 +443,10 @@ def _blended(batch: BlenderBatch, blended: Blended, setting: str) -> Iterator[Ro
 def following(config: EvaluateConfig, model: Motion, judge: Judge) -> Iterator[Found]:
     """Frames of a clip made from its first one, never the first itself. Raises :class:`DatasetError`."""
     wanted = MotionSamplesConfig(
-        batch_size=config.batch, seed=config.seed, size=model.config.size,
+        batch_size=config.batch, seed=config.seed, size=model.config.size, jitter=0.0,
         num_landmarks=68 if model.config.num_landmarks == 68 else 70,
     )  # fmt: skip
-    samples: MotionSamples = open_held_out(wanted, HeldOutConfig(split=config.split), config.dataset)  # fmt: skip
+    samples = MotionSamples(wanted, config.dataset, config.split, held_out=True)
     for numbers in numbered(config):
         batch = samples.batch(numbers)
         yield from _imitated(judge, batch, imitate(model, batch, judge.device, config.precision))
@@ -500,11 +532,71 @@ def colour_distance(made: Image, real: Image, mask: NDArray[np.bool_]) -> float:
     return float(deltaE_ciede2000(one, other))
 
 
-def evaluate(config: EvaluateConfig, keep: Callable[[Found], None], say: Say) -> dict[str, Any]:
+def load_networks(config: EvaluateConfig, window: int) -> dict[str, tuple[Any, str]]:
+    """The network of each bundle and where it is, fit for windows of ``window`` pixels. Raises :class:`ConfigError`."""
+    networks: dict[str, tuple[Any, str]] = {}
+    network: Any
+    for name, kind in (("aligner", Aligner), ("blender", Blender), ("motion", Motion)):
+        uri = getattr(config, name)
+        if not uri:
+            continue
+        network, place = load_network(name, uri, kind)
+        networks[name] = network, place
+        size = int(network.config.size)
+        if size > window:
+            raise ConfigError(
+                f"--{name} {uri} makes pictures of {size} px, the windows of {config.dataset} are {window} px"
+            )
+        if isinstance(network, Aligner) and network.source_code is not None:
+            raise ConfigError(
+                f"--aligner {uri}: was fine-tuned to one person; give the one it was made from"
+            )
+        if isinstance(network, Aligner) and network.config.size % network.config.encoder_size:
+            raise ConfigError(
+                f"--aligner {uri}: {network.config.size} px are no multiple of its encoders' {network.config.encoder_size} px"
+            )
+    if not networks:
+        raise ConfigError("nothing to evaluate: give --aligner, --blender or --motion")
+    return networks
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything that scoring needs, found to be there."""
+
+    manifest: dict[str, Any]
+    networks: dict[str, tuple[Any, str]]
+    """By study: the network, and the folder or URI of its bundle."""
+    judge: Judge
+
+
+def prepare(config: EvaluateConfig) -> Ready:
+    """Load everything, before anything is written.
+
+    Raises:
+        ConfigError: a bundle cannot be used.
+        DatasetError: the dataset cannot be, or has no such split.
+        WeightsError: of the networks that judge.
+    """
+    manifest = shards.read_manifest(config.dataset)
+    splits = sorted(manifest["splits"])
+    if config.split not in splits:
+        raise DatasetError(
+            f"{config.dataset}: no split {config.split!r}; it has {', '.join(splits)}"
+        )
+    networks = load_networks(config, int(manifest["members"]["size"]))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Ready(manifest, networks, Judge(config, device))
+
+
+def evaluate(
+    config: EvaluateConfig, ready: Ready, keep: Callable[[Found], None], say: Say
+) -> dict[str, Any]:
     """Score every bundle that is given.
 
     Args:
         config: what and how; places absolute.
+        ready: of :func:`prepare`.
         keep: takes each row and picture as it is found.
         say: told of progress and of what is left out.
 
@@ -512,36 +604,23 @@ def evaluate(config: EvaluateConfig, keep: Callable[[Found], None], say: Say) ->
         what was scored: dataset, bundles, networks that judged.
 
     Raises:
-        ConfigError: a bundle cannot be used.
-        DatasetError: the dataset cannot be, or has no such people.
-        WeightsError: of the networks that judge.
+        DatasetError: the dataset is damaged, or has not what a network needs: frames, labels, pupils.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    networks: dict[str, tuple[Any, str]] = {}
-    for name, kind in (("aligner", Aligner), ("blender", Blender), ("motion", Motion)):
-        if uri := getattr(config, name):
-            networks[name] = load_network(name, uri, kind)
-    if not networks:
-        raise ConfigError("nothing to evaluate: give --aligner, --blender or --motion")
-    if "aligner" in networks and networks["aligner"][0].source_code is not None:
-        raise ConfigError(
-            f"--aligner {config.aligner}: was fine-tuned to one person; give the one it was made from"
-        )
-    judge = Judge(config, device)
-    manifest = shards.read_manifest(config.dataset)
+    judge = ready.judge
     studies: dict[str, Callable[[Any], Iterator[Found]]] = {
         "aligner": lambda network: reenactment(config, network, judge, say),
         "blender": lambda network: blending(config, network, judge),
         "motion": lambda network: following(config, network, judge),
     }
-    for name, (network, _) in networks.items():
+    for name, (network, _) in ready.networks.items():
         began = time.perf_counter()
-        for count, found in enumerate(studies[name](network.to(device).eval()), 1):
+        for count, found in enumerate(studies[name](network.to(judge.device).eval()), 1):
             keep(found)
             if time.perf_counter() - began > SAY_SECONDS:
                 began = time.perf_counter()
                 say(f"{name}: {count} pictures scored")
+    version = ready.manifest["dataset_version"]
     return {
-        "dataset": f"{public_url(config.dataset)}, version {manifest['dataset_version']}, split {config.split}",
+        "dataset": f"{public_url(config.dataset)}, version {version}, split {config.split}",
         "judged_by": {"identity": config.identity, "detector": config.detector, "landmarks": config.landmarker},
-    } | {name: provenance.describe_bundle(place) for name, (_, place) in networks.items()}  # fmt: skip
+    } | {name: provenance.describe_bundle(place) for name, (_, place) in ready.networks.items()}  # fmt: skip

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,11 +44,11 @@ MEANINGS: dict[str, Meaning] = {
     "csim": Meaning("CSIM", "higher", "cosine of identity vectors: generated picture, mean of the person's real pictures (latent pose reenactment)"),
     "csim_of_driver": Meaning("CSIM of the driver", "", "the same of the real driving frame: of one's own the ceiling, of somebody else's the floor"),
     "csim_driver": Meaning("CSIM with the driver", "", "cosine with the real driving frame, which is the one that was to be made"),
-    "leakage": Meaning("leakage", "lower", "cosine with the driver minus CSIM: above 0 it is the driver who is seen (GHOST 2.0)"),
+    "leakage": Meaning("leakage", "lower", "cosine with the driver minus CSIM: above 0 it is the driver who is seen (ours, after GHOST 2.0's remark)"),
     "pose": Meaning("pose error", "lower", "mean distance of 68 landmarks to the driver's, in distances of the outer eye corners (latent pose reenactment)"),
     "pose_fitted": Meaning("pose error, fitted", "lower", "the same after the best scale and shift"),
     "head_pose": Meaning("head pose", "lower", "mean difference of yaw, pitch and roll to the driver's, degrees, from landmarks", 2),
-    "psnr": Meaning("PSNR", "higher", "dB; of the Aligner the target is black outside the person, of the Blender it is the painted region", 2),
+    "psnr": Meaning("PSNR", "higher", "dB; an Aligner with a mask is compared with the person before black, a Blender where it painted", 2),
     "psnr_head": Meaning("PSNR, head", "higher", "dB, where the head is painted", 2),
     "psnr_inpainted": Meaning("PSNR, inpainted", "higher", "dB, where the surroundings are painted", 2),
     "ssim": Meaning("SSIM", "higher", "structural similarity of the whole window"),
@@ -156,8 +157,10 @@ def write(output: str, scores: Scores, about: Mapping[str, Any]) -> None:
     storage.write_atomic(storage.join(output, SCORES), json.dumps(content, indent=1).encode())
     storage.write_atomic(storage.join(output, ROWS), as_csv(scores.rows).encode())
     shown = []
-    for number, sheet in enumerate(scores.sheets):
-        name = f"{sheet.study}-{number}.png"
+    numbers: Counter[str] = Counter()
+    for sheet in scores.sheets:
+        name = f"{sheet.study}-{numbers[sheet.study]}.png"
+        numbers[sheet.study] += 1
         storage.write_atomic(storage.join(output, name), encoded(sheet, ".png"))
         shown.append((sheet, name, base64.b64encode(encoded(small(sheet), ".jpg")).decode()))
     page = render(tables, shown, curves(tables.get("aligner", [])), about)

@@ -122,13 +122,18 @@ def find_blinks(opening: Floats, indices: Sequence[int]) -> list[tuple[int, int,
     return sorted(set(found))
 
 
-def blink_middle(opening: Floats) -> float:
+def blink_middle(opening: Floats, before: int = 0, after: int = -1) -> float:
     """Where in (n,) openings a dip lies: midway between falling below half its depth and rising above it, frames from the first.
 
     Not its deepest frame: eyes stay shut for several, and noise says which of them is the deepest.
+
+    Args:
+        opening: with some frames to either side, into which a smoothed edge may reach, and a neighbouring blink, too.
+        before, after: positions of the last open frame before the dip and of the first open one after it.
     """
-    first = last = int(opening.argmin())
-    half = (opening[first] + (opening[0] + opening[-1]) / 2) / 2
+    before, after = before % len(opening), after % len(opening)
+    first = last = before + int(opening[before : after + 1].argmin())
+    half = (opening[first] + (opening[before] + opening[after]) / 2) / 2
     while first > 0 and opening[first - 1] <= half:
         first -= 1
     while last + 1 < len(opening) and opening[last + 1] <= half:
@@ -158,7 +163,10 @@ def blinks_kept(raw: Floats, smooth: Floats, indices: Sequence[int]) -> tuple[fl
         shares.append((opened - after[first : last + 1].min()) / (opened - before[low]))
         around = range(max(first - WINDOW // 2, 0), min(last + WINDOW // 2 + 1, len(before)))
         near = [i for i in around if indices[i] - indices[low] == i - low]
-        lags.append(float(abs(blink_middle(after[near]) - blink_middle(before[near]))))
+        edges = first - near[0], last - near[0]
+        lags.append(
+            float(abs(blink_middle(after[near], *edges) - blink_middle(before[near], *edges)))
+        )
     return float(min(shares, default=np.nan)), max(lags)
 
 

@@ -446,7 +446,7 @@ def preview_frames(plan: Plan) -> tuple[list[int], list[int]]:
 
 
 def check_outputs(config: SwapConfig) -> None:
-    """Raise :class:`ConfigError` for names that cannot be."""
+    """Raise :class:`ConfigError` for names that cannot be, ``PlaceError`` for places that cannot be written."""
     for output in config.outputs:
         suffix = Path(output).suffix
         if suffix not in FORMATS:
@@ -459,6 +459,8 @@ def check_outputs(config: SwapConfig) -> None:
         )
     if set(config.outputs) & {*config.target, *config.source}:
         raise ConfigError(f"--output {config.output}: is also an input")
+    for output in config.outputs:
+        storage.require_place(output)
 
 
 def finish(
@@ -582,8 +584,6 @@ def swap(config: SwapConfig, say: Callable[[str], None] = lambda _: None) -> lis
         WeightsError: of a frozen network.
     """
     check_outputs(config)
-    for output in config.outputs:
-        storage.require_place(output)
     loaded = load(config, say)
     made: list[Made] = []
     errors: list[Exception] = []

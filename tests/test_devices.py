@@ -29,7 +29,7 @@ from models.frozen.parsing import load_parser
 from models.motion.learner import MotionLearner
 from models.reenactment import Reenactor
 from pipelines.animate import AnimateConfig, generate
-from pipelines.evaluation import EvaluateConfig, Row, Sheet, evaluate
+from pipelines.evaluation import EvaluateConfig, Row, Sheet, evaluate, prepare
 from pipelines.geometry import heser_window
 from pipelines.repaint import Shot, Swapper
 from pipelines.training import Meter
@@ -241,12 +241,12 @@ def test_scores_come_from_there(bundles: tuple[str, str], tmp_path: Path) -> Non
     model = tiny(size=64, patch=16, num_landmarks=68).eval()
     bundle.save(model, motion, {}, np.zeros((4, 4, 3), np.uint8))
     config = EvaluateConfig(
-        dataset=dataset, output="", aligner=bundles[0], blender=bundles[1], motion=motion, samples=1, batch=1, shots=(1,), grid=2
+        dataset=dataset, output="", aligner=bundles[0], blender=bundles[1], motion=motion, samples=2, batch=2, shots=(1,), grid=2
     )  # fmt: skip
 
     def work(_: torch.device) -> Results:
         found: list[Row | Sheet] = []
-        evaluate(config, found.append, print)
+        evaluate(config, prepare(config), found.append, print)
         return {
             f"{number}": list(each.values.values()) if isinstance(each, Row) else each.image
             for number, each in enumerate(found)

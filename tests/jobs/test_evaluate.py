@@ -63,7 +63,7 @@ def test_scores_are_written_logged_and_told(run, dataset, bundles, tmp_path, cap
     assert found["scores"]["aligner"]["self, K = 1"]["psnr"]["count"] == 2
     assert set(found["scores"]["blender"]) == {"own colours", "other colours"}
     assert found["about"]["aligner"]["sha256"]
-    assert {path.name for path in output.glob("*.png")} == {"aligner-0.png", "blender-1.png", "blender-2.png"}  # fmt: skip
+    assert {path.name for path in output.glob("*.png")} == {"aligner-0.png", "blender-0.png", "blender-1.png"}  # fmt: skip
     page = (output / scores.PAGE).read_text()
     assert page.count("data:image/jpeg") == 3
     client = mlflow.MlflowClient(tracking.find_store(str(output), submitted=False).uri)
@@ -71,9 +71,21 @@ def test_scores_are_written_logged_and_told(run, dataset, bundles, tmp_path, cap
     (logged,) = client.search_runs([experiment.experiment_id])
     value = found["scores"]["blender"]["own colours"]["psnr"]["value"]
     assert logged.data.metrics["blender/own_colours/psnr"] == pytest.approx(value)
-    # the Blender alone needs no face; and an output may be written again
-    assert run(*flags[:4], f"--blender={blender}") == 0
-    assert set(json.loads((output / scores.SCORES).read_text())["scores"]) == {"blender"}
+    # the Blender alone needs no face
+    alone = tmp_path / "alone"
+    own = (flags[0], f"--output={alone}", "--samples=1", f"--blender={blender}")
+    assert run(*own) == run(*own) == 0  # an output may be written again
+    assert set(json.loads((alone / scores.SCORES).read_text())["scores"]) == {"blender"}
+    # with other settings, or over a dataset or a bundle, it may not
+    before = (Path(aligner) / "config.json").read_bytes()
+    for place, extra in (
+        (alone, "--samples=2"),
+        (dataset, "--samples=1"),
+        (aligner, "--samples=1"),
+    ):
+        assert run(flags[0], f"--output={place}", extra, f"--blender={blender}") == 2
+        assert "--output" in capsys.readouterr().err
+    assert (Path(aligner) / "config.json").read_bytes() == before
 
 
 def test_what_cannot_be_scored_is_said_in_one_line(run, dataset, bundles, tmp_path, capsys) -> None:

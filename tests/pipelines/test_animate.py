@@ -22,8 +22,10 @@ from models.frozen import weights
 from models.frozen.chips import fit_similarity
 from pipelines.adaptation import adapt
 from pipelines.animate import (
+    SOURCE_ROOM,
     AnimateConfig,
     animate,
+    clip_room,
     faces,
     fit,
     generate,
@@ -298,6 +300,22 @@ def test_a_still_face_drives_without_a_tremble(tmp_path: Path) -> None:
     assert np.abs(steady.landmarks.mean(axis=0) - raw.landmarks.mean(axis=0)).max() < 2
 
 
+@pytest.mark.parametrize("sway", [0.0, 60.0])
+def test_a_driver_is_as_large_in_its_window_as_the_source_in_its_own(sway: float) -> None:
+    """A head that is still, and one that sways further than a source's window has room for."""
+    still = FACE_68 * 60 + 200
+    points = np.stack([np.add(still, [sway * np.sin(t), 0]) for t in np.linspace(0, 6, 40)])
+    drive = Followed(points, list(np.arange(40) / 25), [FOUND] * 40, Fraction(25), False, 40)
+    window = fomm_window(landmark_boxes(still)[None], 256, SOURCE_ROOM)
+    source = transform(window, still)
+    config = AnimateConfig(motion="", source="", driving="", output="", mode="absolute")
+    driving = fit(drive, source, config, 256, 68)
+    room = clip_room(landmark_boxes(points), 256)
+    wide = np.ptp(driving[0, :, 0]) / np.ptp(source[:, 0])
+    assert wide == pytest.approx(min(1.0, SOURCE_ROOM / room), rel=1e-6)
+    assert (room > SOURCE_ROOM) == (sway > 0)
+
+
 def test_lost_frames_hold_the_last_picture_and_pull_no_other() -> None:
     pulled = []
 
@@ -320,7 +338,9 @@ def test_the_driver_is_seen_in_a_window_of_the_whole_clip(tmp_path: Path) -> Non
     source = FACE_68 * 60 + 128
     config = settings(tmp_path, "none", "none", "none", mode="absolute")
     driven = fit(drive, source, config, 256, 68)
-    window = fomm_window(landmark_boxes(points[[0, 2, 3, 4]]), 256)
+    boxes = landmark_boxes(points[[0, 2, 3, 4]])
+    assert 1 < clip_room(boxes, 256) < SOURCE_ROOM
+    window = fomm_window(boxes, 256, SOURCE_ROOM / clip_room(boxes, 256))
     assert np.allclose(driven, transform(window, points[[0, 2, 3, 4]]))
     assert driven.min() > 0
     assert driven.max() < 256

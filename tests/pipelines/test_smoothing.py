@@ -114,6 +114,17 @@ def test_a_blink_of_two_frames_keeps_four_fifths_and_its_place(at: int) -> None:
     assert blinks_kept(blinking, late, range(40)) == pytest.approx((1.0, 2.0), abs=0.05)
 
 
+@pytest.mark.parametrize("second", [15, 16, 17, 18])
+def test_a_blink_is_not_taken_for_its_neighbour(second: int) -> None:
+    shut = {12: 0.9, 13: 0.85} | dict(
+        zip(range(second, second + 4), (0.6, 0.8, 0.8, 0.6), strict=True)
+    )
+    blinking = walking(40, shut)
+    share, lag = blinks_kept(blinking, smooth(blinking, range(40)), range(40))
+    assert share > 0.6
+    assert lag <= 1
+
+
 def test_a_blink_lies_where_its_edges_are_not_where_noise_is_lowest() -> None:
     """Frames 41 to 50 of phone_a, as detected and as smoothed: shut for five frames, the deepest of them now the fourth, now the second."""
     detected = np.array([0.293, 0.164, 0.127, 0.142, 0.124, 0.137, 0.181, 0.243, 0.238, 0.260])
