@@ -89,7 +89,7 @@ def summarise(config: EvaluateConfig, found: Scores) -> None:
     say = runtime.console.print
     for study, lines in found.tables().items():
         table = Table(title=f"{study}, means")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for line in lines:
             table.add_column(line.setting, justify="right")
         table.add_row("pictures", *(str(line.pictures) for line in lines))
