@@ -74,6 +74,15 @@ def undisturbed(corpus: Path, url: str, calm: Path) -> tuple[dict[str, str], flo
     return fingerprint(calm / "out"), time.monotonic() - started
 
 
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URI of an S3 bucket that this process and its children reach, empty when the file's first test asks for it."""
+    from tests.buckets import BUCKET, object_store, reached
+
+    with object_store() as environment, reached(environment):
+        yield f"s3://{BUCKET}"
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """The last line, after pytest's own: green with tests skipped is not the same as green."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")

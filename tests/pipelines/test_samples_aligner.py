@@ -42,7 +42,6 @@ from pipelines.samples_aligner import (
 )
 from pipelines.shards import DatasetError
 from tests.datasets import face_points, make_dataset
-from tests.pipelines.test_storage import bucket as bucket  # the fixture
 from tests.streams import (
     assert_all_same,
     assert_same,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,31 +12,6 @@ import pytest
 
 from pipelines import report, shards, storage, upkeep
 from tests.datasets import make_dataset, some_videos
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """An S3 bucket of this module."""
-    import boto3
-    import fsspec
-    from moto.server import ThreadedMotoServer
-
-    keep = dict(os.environ)
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    os.environ |= {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-    }
-    boto3.client("s3").create_bucket(Bucket="headray")
-    yield "s3://headray"
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
-    os.environ.clear()
-    os.environ.update(keep)
 
 
 @pytest.fixture(params=["disk", "memory", pytest.param("s3", marks=pytest.mark.slow)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from jobs import preprocess
 from pipelines import shards, tracking
 from pipelines.preprocess import PreprocessConfig
+from tests.buckets import BUCKET, client
 from tests.datasets import make_dataset, some_videos
 from tests.material import REPOSITORY
 
@@ -174,39 +176,22 @@ def test_a_run_ends_well_though_its_store_went_away(
 
 @pytest.mark.slow
 def test_a_submitted_job_records_beside_its_output_in_a_bucket(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command of the summary fetches the database; artifacts are in the bucket from the start."""
-    import boto3
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in (
-        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-        ("MLFLOW_S3_ENDPOINT_URL", f"http://{host}:{port}"),
-        ("AWS_ACCESS_KEY_ID", "testing"),
-        ("AWS_SECRET_ACCESS_KEY", "testing"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"])
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    s3fs.S3FileSystem.clear_instance_cache()  # of a server of another test
-    boto3.client("s3").create_bucket(Bucket="headray")
     (tmp_path / "page.html").write_text("hello")
-    store = tracking.find_store("s3://headray/out", submitted=True)
+    store = tracking.find_store(f"{bucket}/out", submitted=True)
     with tracking.open_run(store, "experiment", {"a": 1}, {}) as run:
         run.file(tmp_path / "page.html", "report")
-    listed = boto3.client("s3").list_objects_v2(Bucket="headray")["Contents"]
+    listed = client(os.environ).list_objects_v2(Bucket=BUCKET)["Contents"]
     names = {item["Key"] for item in listed}
     assert "out/mlflow/mlflow.db" in names
     assert any(name.endswith("artifacts/report/page.html") for name in names)
     fetch = store.show.split(" && ")[0].replace("python ", f"{sys.executable} ", 1)
     subprocess.run(fetch, shell=True, check=True, cwd=tmp_path)
     assert (tmp_path / "mlflow.db").read_bytes()[:6] == b"SQLite"
-    server.stop()
 
 
 # --- trainings ----------------------------------------------------------------------------------------------------
