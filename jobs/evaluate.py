@@ -9,6 +9,10 @@ The Aligner is scored on everybody's own motion and on other people's, from 1, 4
 go back where they were, in their own colours and in others; the motion model on clips that are made of their first frame.
 OUTPUT gets index.html, scores.json, rows.csv (every picture) and the sheets as PNG.
 
+LPIPS wants torchvision's AlexNet (244 MB), FID torch-fidelity's Inception (96 MB). They are looked for in HEADRAY_WEIGHTS and
+~/.cache/headray, then downloaded; where that fails the score is left out, and the summary says what to put where. FID of less
+than some thousand pictures is far too high: --samples 5000 for one to publish.
+
 Exit codes: 0 done, 2 wrong arguments or inputs, 3 no face in any generated picture, 1 our fault.
 """
 
@@ -18,6 +22,7 @@ if not __package__:
     import script_path  # noqa: F401
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -72,7 +77,7 @@ def job() -> None:
                     path = Path(folder, name)
                     path.write_bytes(storage.read_bytes(storage.join(config.output, name)))
                     run.file(path)
-    summarise(config, found)
+    summarise(config, found, ready.left_out)
     runtime.console.print(f"mlflow   {store.show}")
     faces = [row.values["found"] for row in found.rows if "found" in row.values]
     if faces and not any(share > 0 for share in faces):
@@ -84,8 +89,8 @@ def place_of(flag: str, uri: str) -> str:
     return runtime.location(flag, uri) if uri else ""
 
 
-def summarise(config: EvaluateConfig, found: Scores) -> None:
-    """The tables, and where all of it is."""
+def summarise(config: EvaluateConfig, found: Scores, left_out: Mapping[str, str]) -> None:
+    """The tables, what is not in them, and where all of it is."""
     say = runtime.console.print
     for study, lines in found.tables().items():
         table = Table(title=f"{study}, means")
@@ -99,6 +104,8 @@ def summarise(config: EvaluateConfig, found: Scores) -> None:
             cells = [f"{m.value:.{digits}f}" if m and m.count else "–" for m in means]
             table.add_row(MEANINGS[name].title, *cells)
         say(table)
+    for score, why in left_out.items():
+        say(f"left out {score}: {why}")
     say(f"page     {storage.join(config.output, scores.PAGE)}")
     say(f"scores   {storage.join(config.output, scores.SCORES)}, {scores.ROWS}")
     say(f"config   {storage.join(config.output, CONFIG)}")

@@ -4,7 +4,7 @@ Aligner: a person re-enacts their own frame, which is known, and another person'
 pictures (HeSer Fig. 2; protocol of latent pose reenactment). Blender: a head is put back where it was, in its own colours and
 in others (GHOST 2.0, Table 4). Motion: a clip is made of its first frame (first order model's reconstruction).
 
-All numbers of a line come from the same frames, and stand beside what nothing at all would get: the real frame's own
+LPIPS and FID need networks that no wheel carries: without their files they are left out, and that is told. All numbers of a line come from the same frames, and stand beside what nothing at all would get: the real frame's own
 identity similarity, the source that did not move, the head before it was painted.
 """
 
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import cv2
 import numpy as np
@@ -32,10 +32,13 @@ from models.aligner.network import Aligner
 from models.blender.batch import BlenderBatch
 from models.blender.network import Blended, Blender
 from models.blender.pairs import PairConfig
+from models.frozen import arcface, weights
 from models.frozen.arcface import IdentityName, IdentityNetwork, load_identity_network
 from models.frozen.detector import DetectorName, load_detector
 from models.frozen.landmarks import LandmarkerName, load_landmarker
 from models.frozen.parsing import ParsingLabel
+from models.frozen.perceptual import Inception, Lpips, frechet_distance
+from models.frozen.weights import MissingWeightsError
 from models.motion.batch import MotionBatch
 from models.motion.network import Motion
 from models.updates import Precision, autocast
@@ -138,17 +141,38 @@ class Sheet:
     image: Image
 
 
-Found = Row | Sheet
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A score of all pictures of a line together."""
+
+    study: str
+    setting: str
+    name: str
+    value: float
+    pictures: int
+    """Generated ones; the real ones beside them are as many."""
+
+
+Found = Row | Sheet | Whole
 Say = Callable[[str], None]
+N = TypeVar("N", Lpips, Inception)
 
 
 class Judge:
-    """Networks that none of the models is made of: where a face is, and whose."""
+    """Networks that none of the models is made of: where a face is, whose, and what pictures look like."""
 
-    def __init__(self, config: EvaluateConfig, device: torch.device) -> None:
-        """Load them. Raises ``WeightsError``."""
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        device: torch.device,
+        lpips: Lpips | None = None,
+        inception: Inception | None = None,
+    ) -> None:
+        """Load detector and landmarks, the identity network when it is first needed. Raises ``WeightsError``."""
         self.identity = config.identity
         self.device = device
+        self._lpips = lpips.to(device) if lpips else None
+        self._inception = inception.to(device) if inception else None
         self._detector = load_detector(config.detector, MIN_FACE)
         self._landmarker = load_landmarker(config.landmarker)
         self._name = config.identity
@@ -179,6 +203,44 @@ class Judge:
         points = self.points(image)
         return None if points is None else self.vector(image, points)
 
+    @torch.inference_mode()
+    def likeness(self, made: Sequence[Image], real: Sequence[Image]) -> list[dict[str, float]]:
+        """LPIPS of each pair by its name; nothing without its network."""
+        if self._lpips is None:
+            return [{} for _ in made]
+        pairs = (pictures(images).to(self.device) for images in (made, real))
+        return [{"lpips": distance} for distance in self._lpips(*pairs).tolist()]
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[Image]) -> Tensor | None:
+        """Inception's (n, 2048), on the CPU, of at least one picture; None without the network."""
+        if self._inception is None:
+            return None
+        levels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        features: Tensor = self._inception(levels.to(self.device)).cpu()
+        return features
+
+
+@dataclass
+class Crowd:
+    """Inception features (n, 2048) of the pictures of a line, and of the real ones that they follow."""
+
+    made: list[Tensor] = field(default_factory=list)
+    real: list[Tensor] = field(default_factory=list)
+
+    def add(self, made: Tensor | None, real: Tensor | None) -> None:
+        """Some of each; nothing without the network."""
+        if made is not None and real is not None:
+            self.made.append(made)
+            self.real.append(real)
+
+    def distance(self, study: str, setting: str) -> Iterator[Whole]:
+        """FID, of at least two pictures."""
+        count = sum(map(len, self.made))
+        if count > 1:
+            value = frechet_distance(torch.cat(self.made), torch.cat(self.real))
+            yield Whole(study=study, setting=setting, name="fid", value=value, pictures=count)
+
 
 # --- Aligner ----------------------------------------------------------------------------------------------------
 
@@ -197,17 +259,25 @@ def reenactment(
         say(f"{people} person and {config.samples} samples: nobody is driven by somebody else")
     if aligner.config.has_mask and not samples.reader.has_labels:
         say(
-            "no labels in this split: what is not the person cannot be left out, so there is no PSNR and no SSIM"
+            "no labels in this split: what is not the person cannot be left out, so there is no PSNR, SSIM, LPIPS and FID"
         )
     identity = load_identity_network(aligner.config.identity).to(judge.device)
     most = shots[-1]
+    crowds = {count: Crowd() for count in shots}
     for numbers in numbered(config):
         following = (numbers[-1] + 1) % config.samples  # drives the last one
         batch = samples.batch([(number, most) for number in [*numbers, following]])
-        shown = Shown(batch, judge, [number % people for number in [*numbers, following]])
-        shown.is_whole = samples.reader.has_labels or not aligner.config.has_mask
-        for count in shots:
-            yield from _reenacted(aligner, identity, judge, shown, count, config.precision)
+        shown = Shown(
+            batch,
+            judge,
+            [number % people for number in [*numbers, following]],
+            masked=aligner.config.has_mask,
+            has_labels=samples.reader.has_labels,
+        )
+        for count, crowd in crowds.items():
+            yield from _reenacted(aligner, identity, judge, shown, count, config.precision, crowd)
+    for count, crowd in crowds.items():
+        yield from crowd.distance("aligner", f"cross, K = {count}")
     batch = samples.batch([(number, most) for number in range(min(config.grid, people))])
     image = crossed(aligner, identity, batch.to(judge.device), config.precision)
     title = f"Everyone (rows, K = {most}) as everyone moves (columns)"
@@ -245,16 +315,32 @@ def numbered(config: EvaluateConfig) -> Iterator[list[int]]:
 class Shown:
     """Samples with what is known of their real pictures; the last of them only drives the one before it."""
 
-    def __init__(self, batch: AlignerBatch, judge: Judge, people: Sequence[int]) -> None:
-        self.batch, self.people = batch, people
-        self.is_whole = True
+    def __init__(
+        self,
+        batch: AlignerBatch,
+        judge: Judge,
+        people: Sequence[int],
+        *,
+        masked: bool,
+        has_labels: bool,
+    ) -> None:
+        self.batch = batch
+        self.crossing = [i for i in range(len(people) - 1) if people[i] != people[i + 1]]
+        """Places whose next one is somebody else."""
+        self.is_whole = has_labels or not masked
         """Whether the target can be made black where the network makes it so."""
         self.real = to_images(batch.target)
+        self.wanted = to_images(shown_of(batch, batch.target, masked=masked))
+        """What the network is to make."""
         self.points = [judge.points(image) for image in self.real]
         self._sources = [
             [judge.vector_of(image) for image in to_images(sources)]
             for sources in batch.sources[:-1]
         ]
+        self.features: Tensor | None = None
+        """Inception's, of those who drive somebody else, as the network is to make them."""
+        if self.is_whole and self.crossing:
+            self.features = judge.features([self.wanted[i + 1] for i in self.crossing])
 
     def person(self, index: int, count: int) -> Tensor | None:
         """Mean identity vector of the first ``count`` sources; None where no face is found in any."""
@@ -293,30 +379,33 @@ def _reenacted(
     shown: Shown,
     count: int,
     precision: Precision,
+    crowd: Crowd,
 ) -> Iterator[Row]:
     there = shown.batch.to(judge.device)
     people, drivers = part(there, slice(0, -1), count), part(there, slice(1, None))
-    here = part(shown.batch, slice(0, -1))
+    here, next_here = part(shown.batch, slice(0, -1)), part(shown.batch, slice(1, None))
     own = to_images(generate(aligner, identity, people, people, precision))
-    target = to_images(shown_of(here, here.target, masked=aligner.config.has_mask))
-    portrait = to_images(shown_of(here, pictures(own), masked=False))
+    portraits = to_images(shown_of(here, pictures(own), masked=False))
+    likeness = judge.likeness(portraits, shown.wanted[:-1])
     for i, key in enumerate(here.keys):
-        person = shown.person(i, count)
-        values = followed(judge, own[i], shown.real[i], shown.points[i], person)
-        values |= {"psnr": float("nan"), "ssim": float("nan")}
-        if shown.is_whole:
-            values["psnr"] = decibels(portrait[i], target[i])
-            values["ssim"] = similarity(portrait[i], target[i])
+        values = followed(judge, own[i], shown.real[i], shown.points[i], shown.person(i, count))
+        known = {
+            "psnr": decibels(portraits[i], shown.wanted[i]),
+            "ssim": similarity(portraits[i], shown.wanted[i]),
+        } | likeness[i]
+        values |= known if shown.is_whole else dict.fromkeys(known, float("nan"))
         yield Row(study="aligner", setting=f"self, K = {count}", key=key, driver=key, values=values)
     cross = to_images(generate(aligner, identity, people, drivers, precision))
-    for i, key in enumerate(here.keys):
-        if shown.people[i] != shown.people[i + 1]:
-            driver, points = shown.real[i + 1], shown.points[i + 1]
-            values = followed(judge, cross[i], driver, points, shown.person(i, count))
-            values["leakage"] = values.pop("csim_driver") - values["csim"]
-            yield Row(
-                study="aligner", setting=f"cross, K = {count}", key=key, driver=drivers.keys[i], values=values
-            )  # fmt: skip
+    if shown.features is not None:
+        portraits = to_images(shown_of(next_here, pictures(cross), masked=False))
+        crowd.add(judge.features([portraits[i] for i in shown.crossing]), shown.features)
+    for i in shown.crossing:
+        driver, points = shown.real[i + 1], shown.points[i + 1]
+        values = followed(judge, cross[i], driver, points, shown.person(i, count))
+        values["leakage"] = values.pop("csim_driver") - values["csim"]
+        yield Row(
+            study="aligner", setting=f"cross, K = {count}", key=here.keys[i], driver=drivers.keys[i], values=values
+        )  # fmt: skip
 
 
 def shown_of(batch: AlignerBatch, images: Tensor, *, masked: bool) -> Tensor:
@@ -395,7 +484,7 @@ def blending(config: EvaluateConfig, blender: Blender, judge: Judge) -> Iterator
             batch = samples.batch(numbers)
             with torch.inference_mode(), autocast(judge.device, config.precision):
                 blended = blender(batch.to(judge.device))
-            yield from _blended(batch, blended, setting)
+            yield from _blended(judge, batch, blended, setting)
         batch = samples.batch(list(range(min(config.grid, len(samples.reader.identities)))))
         with torch.inference_mode(), autocast(judge.device, config.precision):
             blended = blender(batch.to(judge.device))
@@ -417,7 +506,7 @@ def composed(batch: BlenderBatch, blended: Blended) -> Tensor:
     return torch.where(painted > 0, blended.image.float().cpu(), batch.truth)
 
 
-def _blended(batch: BlenderBatch, blended: Blended, setting: str) -> Iterator[Row]:
+def _blended(judge: Judge, batch: BlenderBatch, blended: Blended, setting: str) -> Iterator[Row]:
     made, truth = to_images(composed(batch, blended)), to_images(batch.truth)
     before, labels = to_images(batch.animated), batch.animated_labels[:, 0].numpy()
     valid = batch.truth_valid[:, 0].numpy() > 0
@@ -425,11 +514,12 @@ def _blended(batch: BlenderBatch, blended: Blended, setting: str) -> Iterator[Ro
         "psnr": blended.masks.painted, "psnr_head": blended.masks.head_a, "psnr_inpainted": blended.masks.ring_a,
     }  # fmt: skip
     masks = {name: mask.cpu()[:, 0].numpy() > 0 for name, mask in regions.items()}
+    likeness = judge.likeness(made, truth)
     for i, key in enumerate(batch.keys):
         values = {
             name: decibels(made[i], truth[i], mask[i] & valid[i]) for name, mask in masks.items()
         }
-        values["ssim"] = similarity(made[i], truth[i])
+        values |= {"ssim": similarity(made[i], truth[i])} | likeness[i]
         for name, group in (("skin", SKIN), ("hair", HAIR)):
             where = np.isin(labels[i], group) & valid[i]
             values[f"{name}_delta_e"] = colour_distance(made[i], truth[i], where)
@@ -447,9 +537,12 @@ def following(config: EvaluateConfig, model: Motion, judge: Judge) -> Iterator[F
         num_landmarks=68 if model.config.num_landmarks == 68 else 70,
     )  # fmt: skip
     samples = MotionSamples(wanted, config.dataset, config.split, held_out=True)
+    crowd = Crowd()
     for numbers in numbered(config):
         batch = samples.batch(numbers)
-        yield from _imitated(judge, batch, imitate(model, batch, judge.device, config.precision))
+        made = imitate(model, batch, judge.device, config.precision)
+        yield from _imitated(judge, batch, made, crowd)
+    yield from crowd.distance("motion", "same person")
     batch = samples.batch(list(range(min(config.grid, samples.units))))
     made = imitate(model, batch, judge.device, config.precision)
     rows = torch.cat([batch.source, batch.driving, made], dim=3)
@@ -469,8 +562,11 @@ def imitate(
     return picture
 
 
-def _imitated(judge: Judge, batch: MotionBatch, made: Tensor) -> Iterator[Row]:
-    shown = zip(to_images(batch.source), to_images(batch.driving), to_images(made), strict=True)
+def _imitated(judge: Judge, batch: MotionBatch, made: Tensor, crowd: Crowd) -> Iterator[Row]:
+    sources, drivings, images = (to_images(x) for x in (batch.source, batch.driving, made))
+    likeness = judge.likeness(images, drivings)
+    crowd.add(judge.features(images), judge.features(drivings))
+    shown = zip(sources, drivings, images, strict=True)
     for i, (source, driving, generated) in enumerate(shown):
         values = {
             "l1": float((made[i] - batch.driving[i]).abs().mean()) / 2,
@@ -478,7 +574,7 @@ def _imitated(judge: Judge, batch: MotionBatch, made: Tensor) -> Iterator[Row]:
             "psnr": decibels(generated, driving),
             "ssim": similarity(generated, driving),
         }
-        values |= imitated(judge, source, driving, generated)
+        values |= likeness[i] | imitated(judge, source, driving, generated)
         key, _, frame = batch.keys[i].rpartition(".")
         driver = f"{key.rpartition('.')[0]}.{frame}"
         yield Row(study="motion", setting="same person", key=key, driver=driver, values=values)
@@ -568,15 +664,17 @@ class Ready:
     networks: dict[str, tuple[Any, str]]
     """By study: the network, and the folder or URI of its bundle."""
     judge: Judge
+    left_out: dict[str, str]
+    """Score → why it cannot be had, and the cure."""
 
 
 def prepare(config: EvaluateConfig) -> Ready:
-    """Load everything, before anything is written.
+    """Load everything, before anything is written. A score whose network cannot be had is left out.
 
     Raises:
         ConfigError: a bundle cannot be used.
         DatasetError: the dataset cannot be, or has no such split.
-        WeightsError: of the networks that judge.
+        WeightsError: a file of the networks that judge is wrong, or one of faces is missing.
     """
     manifest = shards.read_manifest(config.dataset)
     splits = sorted(manifest["splits"])
@@ -586,7 +684,25 @@ def prepare(config: EvaluateConfig) -> Ready:
         )
     networks = load_networks(config, int(manifest["members"]["size"]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Ready(manifest, networks, Judge(config, device))
+    of_people = "aligner" in networks or "motion" in networks
+    identities = {config.identity} if of_people else set()
+    if "aligner" in networks:
+        identities.add(networks["aligner"][0].config.identity)
+    for file in (file for name in identities for file in arcface.WEIGHTS[name]):
+        weights.find(file)
+    left_out: dict[str, str] = {}
+    lpips = _unless_missing(Lpips, "LPIPS", left_out)
+    inception = _unless_missing(Inception, "FID", left_out) if of_people else None
+    return Ready(manifest, networks, Judge(config, device, lpips, inception), left_out)
+
+
+def _unless_missing(network: Callable[[], N], score: str, left_out: dict[str, str]) -> N | None:
+    """The network of a score, or None and a line in ``left_out``. Raises ``WeightsError`` for a wrong file."""
+    try:
+        return network()
+    except MissingWeightsError as error:
+        left_out[score] = str(error)
+        return None
 
 
 def evaluate(
@@ -601,12 +717,14 @@ def evaluate(
         say: told of progress and of what is left out.
 
     Returns:
-        what was scored: dataset, bundles, networks that judged.
+        what was scored: dataset, bundles, networks that judged, what was left out.
 
     Raises:
         DatasetError: the dataset is damaged, or has not what a network needs: frames, labels, pupils.
     """
     judge = ready.judge
+    for score, why in ready.left_out.items():
+        say(f"{score} is left out: {why}")
     studies: dict[str, Callable[[Any], Iterator[Found]]] = {
         "aligner": lambda network: reenactment(config, network, judge, say),
         "blender": lambda network: blending(config, network, judge),
@@ -620,7 +738,8 @@ def evaluate(
                 began = time.perf_counter()
                 say(f"{name}: {count} pictures scored")
     version = ready.manifest["dataset_version"]
+    left_out = {"left_out": ready.left_out} if ready.left_out else {}
     return {
         "dataset": f"{public_url(config.dataset)}, version {version}, split {config.split}",
         "judged_by": {"identity": config.identity, "detector": config.detector, "landmarks": config.landmarker},
-    } | {name: provenance.describe_bundle(place) for name, (_, place) in ready.networks.items()}  # fmt: skip
+    } | {name: provenance.describe_bundle(place) for name, (_, place) in ready.networks.items()} | left_out  # fmt: skip

@@ -22,7 +22,7 @@ import jinja2
 import numpy as np
 
 from pipelines import storage
-from pipelines.evaluation import Row, Sheet
+from pipelines.evaluation import Found, Row, Sheet, Whole
 
 SCORES, ROWS, PAGE = "scores.json", "rows.csv", "index.html"
 MAX_SHEET_PX = 2400
@@ -52,6 +52,7 @@ MEANINGS: dict[str, Meaning] = {
     "psnr_head": Meaning("PSNR, head", "higher", "dB, where the head is painted", 2),
     "psnr_inpainted": Meaning("PSNR, inpainted", "higher", "dB, where the surroundings are painted", 2),
     "ssim": Meaning("SSIM", "higher", "structural similarity of the whole window"),
+    "lpips": Meaning("LPIPS", "lower", "distance of the two pictures that PSNR and SSIM compare, as people see them: AlexNet, version 0.1 (Zhang et al. 2018)"),
     "skin_delta_e": Meaning("skin ΔE", "lower", "CIEDE2000 between mean skin colours of result and truth", 2),
     "skin_delta_e_before": Meaning("skin ΔE before", "", "of the head before it was painted", 2),
     "hair_delta_e": Meaning("hair ΔE", "lower", "the same of hair", 2),
@@ -62,6 +63,7 @@ MEANINGS: dict[str, Meaning] = {
     "akd_source": Meaning("AKD of the source", "", "had nothing moved", 2),
     "aed": Meaning("AED", "lower", "squared distance of unit identity vectors to the driving frame's; not OpenFace's, so not comparable with published ones"),
     "found": Meaning("faces found", "higher", "share of generated pictures in which the detector finds a face, of those whose driver has one", 2),
+    "fid": Meaning("FID", "lower", "Fréchet distance of Inception's features: all pictures of the line, and the real frames that drive them, as the network is to make them. Far too high for few pictures: compare lines of one number only, publish from thousands (--samples)", 2),
 }
 # fmt: on
 CURVES = ("csim", "pose_fitted")
@@ -73,7 +75,8 @@ class Mean:
     """Of one score over the pictures of a line."""
 
     value: float
-    deviation: float
+    deviation: float | None
+    """Standard, of the pictures; None: it is one number for all of them."""
     count: int
     """Pictures that have the score."""
 
@@ -93,13 +96,17 @@ class Scores:
 
     rows: list[Row] = field(default_factory=list)
     sheets: list[Sheet] = field(default_factory=list)
+    wholes: list[Whole] = field(default_factory=list)
 
-    def add(self, found: Row | Sheet) -> None:
+    def add(self, found: Found) -> None:
         """Keep it."""
-        if isinstance(found, Row):
-            self.rows.append(found)
-        else:
-            self.sheets.append(found)
+        match found:
+            case Row():
+                self.rows.append(found)
+            case Sheet():
+                self.sheets.append(found)
+            case Whole():
+                self.wholes.append(found)
 
     def tables(self) -> dict[str, list[Line]]:
         """By study."""
@@ -111,6 +118,10 @@ class Scores:
             names = list(dict.fromkeys(name for row in rows for name in row.values))
             means = {
                 name: mean_of(row.values.get(name, math.nan) for row in rows) for name in names
+            } | {
+                whole.name: Mean(whole.value, None, whole.pictures)
+                for whole in self.wholes
+                if (whole.study, whole.setting) == (study, setting)
             }
             tables.setdefault(study, []).append(Line(setting, len(rows), means))
         return tables
@@ -228,7 +239,7 @@ def curves(lines: Sequence[Line]) -> list[Curve]:
         found: dict[str, list[tuple[float, float, str]]] = {}
         for (protocol, shot), mean in sorted(means.items()):
             y = 52 - 44 * (mean.value - low) / span
-            told = f"{protocol}, K = {shot}: {mean.value:.3f} ± {mean.deviation:.3f}"
+            told = f"{protocol}, K = {shot}: {mean.value:.3f} ± {mean.deviation or 0:.3f}"
             found.setdefault(protocol, []).append((place[shot], y, told))
         ticks = [(x, str(shot)) for shot, x in place.items()]
         drawn.append(Curve(MEANINGS[name], found, ticks, low, high))

@@ -30,6 +30,10 @@ class WeightsError(ValueError):
     """A weights file is missing or is not the file it should be. The text is one line with the cure."""
 
 
+class MissingWeightsError(WeightsError):
+    """The file is nowhere on this machine and could not be fetched."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """One file of pretrained weights."""
@@ -57,7 +61,7 @@ _RAW = "https://raw.githubusercontent.com"
 # The hash of 2DFAN-4 and S3FD was not computed from the files, which could not be fetched when this was written. It is
 # the one several public projects pin for these names, and begins with the ten digits that torch.hub's naming puts
 # into the file name. BiSeNet could not be fetched either: several projects pin its hash and size, for this name and for its
-# original one, 79999_iter.pth; likewise VGG-19, MobileNetV2 and IR-SE-50, while of ResNeXt-50's only the eight digits in its
+# original one, 79999_iter.pth; likewise VGG-19, MobileNetV2, IR-SE-50, AlexNet and Inception, while of ResNeXt-50's only the eight digits in its
 # name are known, which is what torch.hub itself checks. All other hashes were computed from the files; the URLs on GitHub name the commit that holds them.
 REGISTRY = {
     weights.name: weights
@@ -174,6 +178,22 @@ REGISTRY = {
             licence="BSD-3-Clause (torchvision); trained on ImageNet (research)",
         ),
         Weights(
+            name="alexnet",
+            file="alexnet-owt-7be5be79.pth",
+            url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+            sha256="7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+            size=244408911,
+            licence="BSD-3-Clause (torchvision); trained on ImageNet (research)",
+        ),
+        Weights(
+            name="inception",
+            file="weights-inception-2015-12-05-6726825d.pth",
+            url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+            sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+            size=95628359,
+            licence="Apache-2.0 (TensorFlow's, ported by torch-fidelity); trained on ImageNet (research)",
+        ),
+        Weights(
             name="resnext50",
             file="resnext50_32x4d-7cdf4587.pth",
             url="https://download.pytorch.org/models/resnext50_32x4d-7cdf4587.pth",
@@ -205,7 +225,8 @@ def find(name: str) -> Path:
     """Path of a weights file of :data:`REGISTRY` whose hash has been checked.
 
     Raises:
-        WeightsError: the name is unknown, or the file is missing and cannot be downloaded, or has another hash.
+        MissingWeightsError: the file is not here and cannot be downloaded.
+        WeightsError: the name is unknown, or the file has another hash.
     """
     if name not in REGISTRY:
         raise WeightsError(f"no weights called {name!r}; known: {', '.join(sorted(REGISTRY))}")
@@ -270,7 +291,7 @@ def _download(weights: Weights) -> Path:
     with _alone(folder / ".lock"):
         if target.is_file():
             return _checked(weights, target)
-        logger.info(
+        logger.warning(  # jobs show warnings: half a gigabyte takes minutes
             "downloading %s (%.1f MB) from %s", weights.file, weights.size / 1e6, weights.url
         )
         with tempfile.TemporaryDirectory(dir=folder) as aside:
@@ -278,7 +299,7 @@ def _download(weights: Weights) -> Path:
             try:
                 found = _fetch(weights.url, part)
             except (OSError, HTTPException) as error:
-                raise WeightsError(
+                raise MissingWeightsError(
                     f"weights {weights.name}: {weights.file} is in none of "
                     f"{', '.join(map(str, folders()))} and {weights.url} could not be fetched ({error}): put the "
                     f"file ({weights.size} bytes, sha256 {weights.sha256}) into a folder and set {FOLDER_VARIABLE} to it"
