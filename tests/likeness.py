@@ -1,0 +1,57 @@
+"""Files for the networks of LPIPS and FID: as the published ones, but for numbers that were drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from models.frozen import weights
+from models.frozen.weights import REGISTRY
+
+NAMES = ("alexnet", "inception")
+
+
+def write_networks(folder: Path) -> Path:
+    """Both files, under their names, some 106 MB: of AlexNet what LPIPS uses."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Drawn(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_: Any) -> None:
+            """Keep what was drawn."""
+
+    torch.manual_seed(0)
+    nothing = folder / "nothing"
+    torch.save({}, nothing)
+    inception = Drawn("", ["2048"], feature_extractor_weights_path=str(nothing))
+    for module in inception.modules():
+        if isinstance(module, nn.Conv2d):  # so that what goes in still shows after 50 layers
+            nn.init.kaiming_normal_(module.weight)
+    alexnet = torchvision.models.AlexNet().features
+    state = {f"features.{name}": value for name, value in alexnet.state_dict().items()}
+    torch.save(state | {"classifier.1.bias": torch.zeros(1)}, folder / REGISTRY["alexnet"].file)
+    torch.save(inception.state_dict(), folder / REGISTRY["inception"].file)
+    return folder
+
+
+def accept(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Have the registry take the files of this folder for the published ones."""
+    patch.setenv(weights.FOLDER_VARIABLE, str(folder))
+    for name in NAMES:
+        content = (folder / REGISTRY[name].file).read_bytes()
+        entry = replace(REGISTRY[name], sha256=hashlib.sha256(content).hexdigest())
+        patch.setitem(REGISTRY, name, entry)
+
+
+def hide(empty: Path, patch: pytest.MonkeyPatch) -> None:
+    """Have neither file on this machine, and nobody who sends it."""
+    patch.setenv("HOME", str(empty))
+    patch.delenv(weights.FOLDER_VARIABLE, raising=False)
+    for name in NAMES:
+        patch.setitem(REGISTRY, name, replace(REGISTRY[name], url="http://127.0.0.1:9/nobody"))
