@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import sys
 from pathlib import Path
@@ -14,7 +16,9 @@ import torch
 from jobs import evaluate, runtime
 from models import bundle
 from models.aligner.subject import of_person
+from models.frozen.weights import REGISTRY
 from pipelines import scores, tracking
+from tests import likeness
 from tests.datasets import made_video, make_dataset
 from tests.swaps import toy_bundles
 
@@ -34,7 +38,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
-    """Runs the job in this process; returns its exit code."""
+    """Runs the job in this process, which has no networks for LPIPS and FID; returns its exit code."""
+    likeness.hide(tmp_path / "home", monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
 
     def job(*arguments: str) -> int:
@@ -58,14 +63,22 @@ def test_scores_are_written_logged_and_told(run, dataset, bundles, tmp_path, cap
     told = capsys.readouterr()
     assert "no face is found in any generated picture" in told.err
     assert "index.html" in told.out
+    for score, file in (("LPIPS", "alexnet-owt-7be5be79.pth"), ("FID", "weights-inception-2015-12-05-6726825d.pth")):  # fmt: skip
+        (line,) = [line for line in told.out.splitlines() if line.startswith(f"left out {score}:")]
+        assert file in line
+        assert "put the file" in line
+        assert "HEADRAY_WEIGHTS" in line
     found = json.loads((output / scores.SCORES).read_text())
     assert set(found["scores"]["aligner"]) == {"self, K = 1", "cross, K = 1", "self, K = 2", "cross, K = 2"}  # fmt: skip
     assert found["scores"]["aligner"]["self, K = 1"]["psnr"]["count"] == 2
     assert set(found["scores"]["blender"]) == {"own colours", "other colours"}
     assert found["about"]["aligner"]["sha256"]
+    assert set(found["about"]["left_out"]) == {"LPIPS", "FID"}
+    assert not {"lpips", "fid"} & {name for lines in found["scores"].values() for line in lines.values() for name in line}  # fmt: skip
     assert {path.name for path in output.glob("*.png")} == {"aligner-0.png", "blender-0.png", "blender-1.png"}  # fmt: skip
     page = (output / scores.PAGE).read_text()
     assert page.count("data:image/jpeg") == 3
+    assert page.count("HEADRAY_WEIGHTS") == 2
     client = mlflow.MlflowClient(tracking.find_store(str(output), submitted=False).uri)
     experiment = client.get_experiment_by_name("headray-evaluate")
     (logged,) = client.search_runs([experiment.experiment_id])
@@ -86,6 +99,46 @@ def test_scores_are_written_logged_and_told(run, dataset, bundles, tmp_path, cap
         assert run(flags[0], f"--output={place}", extra, f"--blender={blender}") == 2
         assert "--output" in capsys.readouterr().err
     assert (Path(aligner) / "config.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_with_their_networks_lpips_and_fid_are_everywhere(
+    run, dataset, bundles, tmp_path, capsys, monkeypatch
+) -> None:
+    aligner, _ = bundles
+    output = tmp_path / "scores"
+    flags = (f"--dataset={dataset}", f"--output={output}", f"--aligner={aligner}", "--samples=2", "--shots", "1")  # fmt: skip
+    folder = likeness.write_inception(likeness.write_alexnet(tmp_path))
+    likeness.accept(folder, monkeypatch)
+    assert run(*flags) == 3  # no faces, as above
+    told = capsys.readouterr().out
+    assert "left out" not in told
+    assert "LPIPS" in told
+    assert "FID" in told
+    found = json.loads((output / scores.SCORES).read_text())
+    assert "left_out" not in found["about"]
+    lines = found["scores"]["aligner"]
+    distance, apart = lines["self, K = 1"]["lpips"], lines["cross, K = 1"]["fid"]
+    assert distance["value"] > 0 < apart["value"]
+    assert (distance["count"], apart["count"], apart["deviation"]) == (2, 2, None)
+    assert "fid" not in lines["self, K = 1"]
+    assert "lpips" not in lines["cross, K = 1"]
+    page = (output / scores.PAGE).read_text()
+    assert f'{apart["value"]:.2f} <span class="faint">of 2</span>' in page
+    assert f"{distance['value']:.3f} <span" in page
+    rows = list(csv.DictReader(io.StringIO((output / scores.ROWS).read_text())))
+    values = [float(row["lpips"]) for row in rows if row["setting"] == "self, K = 1"]
+    assert np.mean(values) == pytest.approx(distance["value"], rel=1e-4)
+    assert all(row["lpips"] == "" for row in rows if row["setting"] == "cross, K = 1")
+    client = mlflow.MlflowClient(tracking.find_store(str(output), submitted=False).uri)
+    experiment = client.get_experiment_by_name("headray-evaluate")
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert logged.data.metrics["aligner/self_K1/lpips"] == pytest.approx(distance["value"])
+    assert logged.data.metrics["aligner/cross_K1/fid"] == pytest.approx(apart["value"])
+    # another file of the same name is no reason to go on without it
+    (folder / REGISTRY["alexnet"].file).write_bytes(b"something else")
+    assert run(*flags) == 2
+    assert "weights alexnet: " in capsys.readouterr().err
 
 
 def test_what_cannot_be_scored_is_said_in_one_line(run, dataset, bundles, tmp_path, capsys) -> None:

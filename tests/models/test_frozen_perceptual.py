@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("torch.hub was asked")
 
-    written = likeness.write_networks(tmp_path_factory.mktemp("networks"))
+    written = likeness.write_inception(likeness.write_alexnet(tmp_path_factory.mktemp("networks")))
     with pytest.MonkeyPatch.context() as patch:
         likeness.accept(written, patch)
         patch.setattr("torch.hub.download_url_to_file", refuse)

@@ -10,8 +10,18 @@ from pathlib import Path
 import pytest
 
 from models.aligner import network
-from models.frozen import arcface, detector, identity, landmarks, parsing, pupils, vgg, weights
-from models.frozen.weights import REGISTRY, Weights, WeightsError, find, locate
+from models.frozen import (
+    arcface,
+    detector,
+    identity,
+    landmarks,
+    parsing,
+    perceptual,
+    pupils,
+    vgg,
+    weights,
+)  # fmt: skip
+from models.frozen.weights import REGISTRY, MissingWeightsError, Weights, WeightsError, find, locate
 from tests.material import SHARED, needs_shared
 
 CONTENT = bytes(range(256)) * 5000
@@ -59,9 +69,10 @@ def entry(url: str = "http://127.0.0.1:9/nobody") -> Weights:
     )
 
 
-def message(entry: Weights) -> str:
+def message(entry: Weights, *, missing: bool = False) -> str:
     with pytest.raises(WeightsError) as caught:
         locate(entry)
+    assert isinstance(caught.value, MissingWeightsError) == missing
     text = str(caught.value)
     assert "\n" not in text
     assert "net.pth" in text
@@ -97,7 +108,7 @@ def test_a_download_with_another_hash_is_not_kept(home, site, page):
 
 def test_a_file_nobody_has_says_what_to_put_where(home, site):
     address, _ = site
-    text = message(entry(f"{address}/missing"))
+    text = message(entry(f"{address}/missing"), missing=True)
     for part in (str(home), weights.FOLDER_VARIABLE, SHA256, str(len(CONTENT)), "404"):
         assert part in text
 
@@ -128,14 +139,24 @@ def test_a_wheel_that_is_not_installed_is_named():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(WeightsError, match=r"known: bisenet, dlib_descriptor, .*yunet"):
+    with pytest.raises(WeightsError, match=r"known: alexnet, bisenet, .*yunet"):
         find("arcface")
 
 
 def test_every_network_loads_entries_that_exist_and_hashes_agree_with_file_names():
     named = {
         name
-        for module in (detector, landmarks, identity, parsing, pupils, arcface, vgg, network)
+        for module in (
+            detector,
+            landmarks,
+            identity,
+            parsing,
+            pupils,
+            arcface,
+            vgg,
+            perceptual,
+            network,
+        )
         for names in module.WEIGHTS.values()
         for name in names
     }
@@ -144,6 +165,8 @@ def test_every_network_loads_entries_that_exist_and_hashes_agree_with_file_names
         "fan",
         "sfd",
         "vgg19",
+        "alexnet",
+        "inception",
     ):  # torch.hub's naming: the stem ends in the first digits of the hash
         stem = REGISTRY[name].file.split(".")[0]
         assert REGISTRY[name].sha256.startswith(stem.rsplit("-", 1)[1])

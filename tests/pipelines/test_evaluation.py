@@ -17,19 +17,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from skimage import data
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.aligner.network import Portrait
 from models.blender.batch import BlenderBatch
 from models.blender.masks import make_masks
 from models.blender.network import Blended, BlenderConfig
 from models.frozen.landmarks import load_landmarker
+from models.frozen.perceptual import Lpips
 from pipelines import evaluation, scores
-from pipelines.evaluation import EvaluateConfig, Judge, Row, Sheet
+from pipelines.evaluation import EvaluateConfig, Found, Judge, Row, Sheet, Whole
 from pipelines.output import ConfigError
 from pipelines.scores import Line, Mean, Scores
 from pipelines.shards import DatasetError
-from tests import datasets
+from tests import datasets, likeness
 from tests.datasets import made_video, make_dataset
 from tests.swaps import toy_bundles
 
@@ -72,9 +74,21 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return output
 
 
+class Pooled(nn.Module):
+    """In place of Inception: the colours of 2 x 2 fields."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge(EvaluateConfig(dataset="", output=""), CPU)
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    """With an AlexNet whose numbers were drawn."""
+    folder = likeness.write_alexnet(tmp_path_factory.mktemp("alexnet"))
+    with pytest.MonkeyPatch.context() as patch:
+        likeness.accept(folder, patch, ["alexnet"])
+        lpips = Lpips()
+    return Judge(EvaluateConfig(dataset="", output=""), CPU, lpips, cast(Any, Pooled()))
 
 
 def settings(dataset: str, **rest: Any) -> EvaluateConfig:
@@ -96,30 +110,43 @@ class Copier:
         return Portrait(driving if self.shows_driver else sources[:, 0], None)
 
 
-def rows_of(found: Iterator[Row | Sheet]) -> tuple[dict[str, list[Row]], list[Sheet]]:
-    """Rows by setting, and pictures."""
+def sorted_out(found: Iterator[Found]) -> tuple[dict[str, list[Row]], list[Sheet], dict[str, Whole]]:  # fmt: skip
+    """Rows by setting, pictures, and what is told of whole lines."""
     rows: dict[str, list[Row]] = {}
-    sheets = []
+    sheets, wholes = [], {}
     for each in found:
-        if isinstance(each, Row):
-            assert set(each.values) <= set(scores.MEANINGS)
-            rows.setdefault(each.setting, []).append(each)
-        else:
-            sheets.append(each)
-    return rows, sheets
+        match each:
+            case Row():
+                assert set(each.values) <= set(scores.MEANINGS)
+                rows.setdefault(each.setting, []).append(each)
+            case Sheet():
+                sheets.append(each)
+            case Whole():
+                assert each.name == "fid"
+                wholes[each.setting] = each
+    return rows, sheets, wholes
+
+
+def rows_of(found: Iterator[Found]) -> tuple[dict[str, list[Row]], list[Sheet]]:
+    """Rows by setting, and pictures."""
+    return sorted_out(found)[:2]
 
 
 @pytest.mark.slow
 def test_who_shows_the_driver_scores_as_the_driver(dataset: str, judge: Judge) -> None:
     config = settings(dataset)
     network = cast(Any, Copier(shows_driver=True))
-    rows, (sheet,) = rows_of(evaluation.reenactment(config, network, judge, print))
+    rows, (sheet,), wholes = sorted_out(evaluation.reenactment(config, network, judge, print))
+    # it shows the very frames that FID compares with
+    assert {name: whole.pictures for name, whole in wholes.items()} == {"cross, K = 1": 3, "cross, K = 2": 3}  # fmt: skip
+    assert all(whole.value == pytest.approx(0, abs=0.01) for whole in wholes.values())
     assert set(rows) == {"self, K = 1", "cross, K = 1", "self, K = 2", "cross, K = 2"}
     assert all(len(line) == 3 for line in rows.values())
     for row in rows["self, K = 2"]:
         assert row.key == row.driver
         assert row.values["psnr"] == 100
         assert row.values["ssim"] == pytest.approx(1)
+        assert row.values["lpips"] == 0
         assert row.values["csim"] == pytest.approx(row.values["csim_of_driver"], abs=1e-6)
         assert row.values["csim_driver"] == pytest.approx(1, abs=1e-5)
         assert 0.9 < row.values["csim"] < 1  # other frames of the same person
@@ -128,6 +155,7 @@ def test_who_shows_the_driver_scores_as_the_driver(dataset: str, judge: Judge) -
         assert row.values["pose"] == row.values["pose_fitted"] == row.values["head_pose"] == 0
         assert row.values["leakage"] == pytest.approx(1 - row.values["csim"], abs=1e-5)
         assert row.values["leakage"] > 0
+        assert not {"psnr", "lpips"} & set(row.values)  # nobody knows the truth
     keys = [row.key for row in rows["self, K = 1"]]
     assert [key.split("-v0")[0] for key in keys] == [
         "id-1",
@@ -149,9 +177,12 @@ def test_who_shows_the_driver_scores_as_the_driver(dataset: str, judge: Judge) -
 
 def test_who_never_moves_has_the_person_and_not_the_pose(dataset: str, judge: Judge) -> None:
     network = cast(Any, Copier(shows_driver=False))
-    rows, _ = rows_of(evaluation.reenactment(settings(dataset, shots=(1,)), network, judge, print))
+    config = settings(dataset, shots=(1,))
+    rows, _, wholes = sorted_out(evaluation.reenactment(config, network, judge, print))
+    assert wholes["cross, K = 1"].value > 1
     for row in rows["self, K = 1"]:
         assert row.values["csim"] == pytest.approx(1, abs=1e-5)  # its only picture
+        assert row.values["lpips"] > 1e-4
         assert row.values["psnr"] < 40
         assert row.values["pose"] > 0.02
         assert row.values["pose_fitted"] < row.values["pose"]
@@ -178,11 +209,12 @@ def test_a_person_before_black_needs_labels(
     dataset: str, judge: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = cast(Any, Copier(shows_driver=True, has_mask=True))
-    config = settings(dataset, shots=(1,), samples=1)
-    rows, _ = rows_of(evaluation.reenactment(config, network, judge, print))
+    config = settings(dataset, shots=(1,), samples=2)
+    rows, _, wholes = sorted_out(evaluation.reenactment(config, network, judge, print))
     assert (
         5 < rows["self, K = 1"][0].values["psnr"] < 20
     )  # the target is black outside the drawn labels
+    assert wholes["cross, K = 1"].value > 100  # and so are the frames of FID
     opened = evaluation.AlignerSamples
 
     def without_labels(*arguments: Any, **named: Any) -> Any:
@@ -192,8 +224,9 @@ def test_a_person_before_black_needs_labels(
 
     monkeypatch.setattr(evaluation, "AlignerSamples", without_labels)
     told: list[str] = []
-    rows, _ = rows_of(evaluation.reenactment(config, network, judge, told.append))
-    assert np.isnan(rows["self, K = 1"][0].values["psnr"])
+    rows, _, wholes = sorted_out(evaluation.reenactment(config, network, judge, told.append))
+    assert all(np.isnan(rows["self, K = 1"][0].values[name]) for name in ("psnr", "ssim", "lpips"))
+    assert wholes == {}
     assert any("no labels" in line for line in told)
 
 
@@ -227,7 +260,9 @@ def test_a_blender_is_judged_by_what_it_painted(dataset: str, judge: Judge, know
             assert values["psnr"] == values["psnr_head"] == values["psnr_inpainted"] == 100
             assert values["skin_delta_e"] == values["hair_delta_e"] == 0
             assert values["ssim"] == pytest.approx(1)
+            assert values["lpips"] == 0
         else:
+            assert values["lpips"] > 1e-4
             for group in ("skin", "hair"):
                 painted = values[f"{group}_delta_e"]
                 assert painted == pytest.approx(values[f"{group}_delta_e_before"], abs=0.05)
@@ -240,12 +275,17 @@ def test_a_clip_that_stands_still_gets_what_its_source_gets(dataset: str, judge:
         def __call__(self, source: Tensor, *_: Tensor) -> tuple[Tensor, None]:
             return source, None
 
-    rows, (sheet,) = rows_of(evaluation.following(settings(dataset), cast(Any, Still()), judge))
+    rows, (sheet,), wholes = sorted_out(
+        evaluation.following(settings(dataset), cast(Any, Still()), judge)
+    )
+    assert wholes["same person"].value > 0
+    assert wholes["same person"].pictures == 3
     assert len(rows["same person"]) == 3
     for row in rows["same person"]:
         assert row.key.endswith(".000010")
         assert row.driver != row.key
         assert row.values["l1"] == row.values["l1_source"] > 0
+        assert row.values["lpips"] > 1e-4
         assert row.values["akd"] == row.values["akd_source"] > 0.5
         assert 0 < row.values["aed"] < 0.3
         assert row.values["found"] == 1
@@ -290,6 +330,7 @@ def some_scores() -> Scores:
     for shots, values in ((1, (0.5, 0.7)), (8, (0.8, NAN))):
         for number, value in enumerate(values):
             found.add(Row(study="aligner", setting=f"self, K = {shots}", key=f"<b>{number}", driver="d", values={"csim": value, "pose_fitted": NAN}))  # fmt: skip
+    found.add(Whole(study="aligner", setting="self, K = 8", name="fid", value=35.335, pictures=2))
     found.add(Sheet(study="aligner", title="<i>people", image=np.zeros((4, 3000, 3), np.uint8)))
     return found
 
@@ -302,6 +343,7 @@ def test_means_are_of_what_is_there() -> None:
     assert some_scores().flat() == {
         "aligner/self_K1/csim": pytest.approx(0.6),
         "aligner/self_K8/csim": 0.8,
+        "aligner/self_K8/fid": 35.335,
     }
 
 
@@ -310,10 +352,15 @@ def test_files_hold_every_picture_and_the_page_nothing_foreign(tmp_path: Path) -
     rows = list(csv.DictReader(io.StringIO((tmp_path / scores.ROWS).read_text())))
     assert [row["csim"] for row in rows] == ["0.5", "0.7", "0.8", ""]
     told = json.loads((tmp_path / scores.SCORES).read_text())
-    assert told["scores"]["aligner"]["self, K = 8"] == {"csim": {"value": 0.8, "deviation": 0.0, "count": 1}}  # fmt: skip
+    assert told["scores"]["aligner"]["self, K = 8"] == {
+        "csim": {"value": 0.8, "deviation": 0.0, "count": 1},
+        "fid": {"value": 35.335, "deviation": None, "count": 2},
+    }
+    assert "fid" not in rows[0]  # no single picture has it
     assert cv2.imread(str(tmp_path / "aligner-0.png")).shape == (4, 3000, 3)
     page = (tmp_path / scores.PAGE).read_text()
     assert "&lt;script&gt;" in page
+    assert '35.34 <span class="faint">of 2</span>' in page
     assert "&lt;i&gt;people" in page
     assert not {"<script", "<i>", "<u>", "http://", "https://"} & {part for part in ("<script", "<i>", "<u>", "http://", "https://") if part in page}  # fmt: skip
 
