@@ -63,7 +63,7 @@ MEANINGS: dict[str, Meaning] = {
     "akd_source": Meaning("AKD of the source", "", "had nothing moved", 2),
     "aed": Meaning("AED", "lower", "squared distance of unit identity vectors to the driving frame's; not OpenFace's, so not comparable with published ones"),
     "found": Meaning("faces found", "higher", "share of generated pictures in which the detector finds a face, of those whose driver has one", 2),
-    "fid": Meaning("FID", "lower", "Fréchet distance of Inception's features: all pictures of the line, and the real frames that drive them, as the network is to make them. Far too high for few pictures: compare lines of one number only, publish from thousands (--samples)", 2),
+    "fid": Meaning("FID", "lower", "Fréchet distance of Inception's features between all n generated pictures and the n real frames that drive them, as the network is to make them. Far too high where n is small: compare equal n only, publish from thousands (--samples)", 2),
 }
 # fmt: on
 CURVES = ("csim", "pose_fitted")

@@ -124,7 +124,7 @@ def test_with_their_networks_lpips_and_fid_are_everywhere(
     assert "fid" not in lines["self, K = 1"]
     assert "lpips" not in lines["cross, K = 1"]
     page = (output / scores.PAGE).read_text()
-    assert f'{apart["value"]:.2f} <span class="faint">of 2</span>' in page
+    assert f'{apart["value"]:.2f} <span class="faint">n = 2</span>' in page
     assert f"{distance['value']:.3f} <span" in page
     rows = list(csv.DictReader(io.StringIO((output / scores.ROWS).read_text())))
     values = [float(row["lpips"]) for row in rows if row["setting"] == "self, K = 1"]

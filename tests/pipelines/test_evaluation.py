@@ -360,7 +360,7 @@ def test_files_hold_every_picture_and_the_page_nothing_foreign(tmp_path: Path) -
     assert cv2.imread(str(tmp_path / "aligner-0.png")).shape == (4, 3000, 3)
     page = (tmp_path / scores.PAGE).read_text()
     assert "&lt;script&gt;" in page
-    assert '35.34 <span class="faint">of 2</span>' in page
+    assert '35.34 <span class="faint">n = 2</span>' in page
     assert "&lt;i&gt;people" in page
     assert not {"<script", "<i>", "<u>", "http://", "https://"} & {part for part in ("<script", "<i>", "<u>", "http://", "https://") if part in page}  # fmt: skip
 
