@@ -4,7 +4,7 @@ Aligner: a person re-enacts their own frame, which is known, and another person'
 pictures (HeSer Fig. 2; protocol of latent pose reenactment). Blender: a head is put back where it was, in its own colours and
 in others (GHOST 2.0, Table 4). Motion: a clip is made of its first frame (first order model's reconstruction).
 
-LPIPS and FID need networks that no wheel carries: without their files they are left out, and that is told. All numbers of a line come from the same frames, and stand beside what nothing at all would get: the real frame's own
+LPIPS and FID need networks that come with no package: without their files they are left out, and that is told. All numbers of a line come from the same frames, and stand beside what nothing at all would get: the real frame's own
 identity similarity, the source that did not move, the head before it was painted.
 """
 

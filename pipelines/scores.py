@@ -52,7 +52,7 @@ MEANINGS: dict[str, Meaning] = {
     "psnr_head": Meaning("PSNR, head", "higher", "dB, where the head is painted", 2),
     "psnr_inpainted": Meaning("PSNR, inpainted", "higher", "dB, where the surroundings are painted", 2),
     "ssim": Meaning("SSIM", "higher", "structural similarity of the whole window"),
-    "lpips": Meaning("LPIPS", "lower", "distance of the two pictures that PSNR and SSIM compare, as people see them: AlexNet, version 0.1 (Zhang et al. 2018)"),
+    "lpips": Meaning("LPIPS", "lower", "distance, as people see it, of the pictures that SSIM compares: AlexNet, version 0.1 (Zhang et al. 2018)"),
     "skin_delta_e": Meaning("skin ΔE", "lower", "CIEDE2000 between mean skin colours of result and truth", 2),
     "skin_delta_e_before": Meaning("skin ΔE before", "", "of the head before it was painted", 2),
     "hair_delta_e": Meaning("hair ΔE", "lower", "the same of hair", 2),

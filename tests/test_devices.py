@@ -28,12 +28,13 @@ from models.frozen.landmarks import FanConfig, FanLandmarker
 from models.frozen.parsing import load_parser
 from models.motion.learner import MotionLearner
 from models.reenactment import Reenactor
+from pipelines import evaluation
 from pipelines.animate import AnimateConfig, generate
-from pipelines.evaluation import EvaluateConfig, Judge, Row, Sheet, evaluate, prepare
+from pipelines.evaluation import EvaluateConfig, Found, Judge, Row, Sheet, evaluate, prepare
 from pipelines.geometry import heser_window
 from pipelines.repaint import Shot, Swapper
 from pipelines.training import Meter
-from tests import aligners, elsewhere
+from tests import aligners, elsewhere, likeness
 from tests.datasets import made_video, make_dataset
 from tests.faces import FACE_68
 from tests.models.blender import scenes
@@ -240,6 +241,9 @@ def test_scores_come_from_there(
 ) -> None:
     """Where the faces are is said: finding them is no work for a GPU here, and drawn ones take the detector seconds."""
     monkeypatch.setattr(Judge, "points", lambda *_: FACE_68 * 60 + 128)
+    # of the features, eigenvalues on the CPU take seconds and prove nothing here
+    monkeypatch.setattr(evaluation, "frechet_distance", lambda *both: float(torch.dist(*both)))
+    likeness.accept(likeness.write_inception(likeness.write_alexnet(tmp_path)), monkeypatch)
     dataset, motion = str(tmp_path / "people"), str(tmp_path / "motion")
     make_dataset(dataset, [made_video(f"id0{n}", "v0", split="test", tracks=1) for n in (1, 2)])
     model = tiny(size=64, patch=16, num_landmarks=68).eval()
@@ -249,11 +253,19 @@ def test_scores_come_from_there(
     )  # fmt: skip
 
     def work(_: torch.device) -> Results:
-        found: list[Row | Sheet] = []
+        found: list[Found] = []
         evaluate(config, prepare(config), found.append, print)
-        return {
-            f"{number}": list(each.values.values()) if isinstance(each, Row) else each.image
-            for number, each in enumerate(found)
-        }
+        told: dict[str, Any] = {}
+        for number, each in enumerate(found):
+            match each:
+                case Row():
+                    told[f"{number}"] = list(each.values.values())
+                    assert ("lpips" in each.values) != each.setting.startswith("cross")
+                case Sheet():
+                    told[f"{number}"] = each.image
+                case _:
+                    told[f"{number} {each.name}"] = [each.value]
+        assert sum("fid" in name for name in told) == 2
+        return told
 
     same_on_both(work)
