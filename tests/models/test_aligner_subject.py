@@ -42,6 +42,8 @@ def test_a_person_is_in_the_code_and_only_code_and_generator_learn() -> None:
     learner = subject_learner(CONFIG, personal, CPU)
     learner.frozen = tiny_learner(CONFIG).frozen
     begun = (learner.networks["aligner"], learner.ema.network)
+    encoders = (begun[0].portrait, begun[0].pose, begun[0].expression)
+    assert not any(module.training for encoder in encoders for module in encoder.modules())
     noise = torch.randn_like(batch.sources), torch.randn_like(vectors)  # nobody looks at sources now
     for network in (personal, learner.ema.network, begun[0].eval()):
         assert torch.equal(network(*noise, batch.driving, batch.driving_face).image, picture)
@@ -50,9 +52,6 @@ def test_a_person_is_in_the_code_and_only_code_and_generator_learn() -> None:
         assert (group["lr"], group["betas"]) == (rate, (0.0, 0.99))
         assert type(learner.optimizers[name]).__name__ == "RAdam"
     before = {name: value.clone() for name, value in begun[0].state_dict().items()}
-    fresh = subject_learner(CONFIG, personal, CPU).networks["aligner"]
-    encoders = (fresh.portrait, fresh.pose, fresh.expression)
-    assert not any(module.training for encoder in encoders for module in encoder.modules())
     learner.train_step(batch, 0)
     moved = {n.split(".")[0] for n, v in begun[0].state_dict().items() if not torch.equal(v, before[n])}  # fmt: skip
     assert moved == {"source_code", "generator"}
