@@ -261,8 +261,7 @@ def test_first_pictures_are_not_washed_out():
 @pytest.mark.parametrize("norm", ["sync", "frozen", "group"])
 def test_encoder_norms_do_what_they_are_chosen_for(norm):
     torch.manual_seed(0)
-    aligner = Aligner(replace(NETWORK, norm=norm))
-    assert aligner.training
+    aligner = Aligner(replace(NETWORK, norm=norm)).train()
     _, _, driving, face = inputs(b=3)
     together = aligner.encode_motion(driving, face)
     alone = [aligner.eval().encode_motion(driving[i : i + 1], face[i : i + 1]) for i in range(3)]
@@ -337,6 +336,10 @@ def test_a_grown_network_starts_as_the_small_one_enlarged(predict_mask):
     if before.mask is not None:
         assert after.mask is not None
         torch.testing.assert_close(after.mask, enlarged(before.mask), rtol=0, atol=1e-6)
+    code = torch.randn(2, grown.generator.hidden.in_features)
+    for shift, scale in grown.generator._affines(code)[-3:-1]:  # of the new block
+        assert not shift.any()
+        assert (scale == 1).all()
     full, half = grown(*inputs()).image, grown(*inputs(), fade=0.5).image
     torch.testing.assert_close(half, (after.image + full) / 2)
     assert (full - after.image).abs().max() > 0.01
