@@ -125,7 +125,9 @@ def test_strengths_reach_as_far_as_latent_pose_reenactments() -> None:
     low, high = ((grey_level + f * (0.6 - grey_level) - 0.4) / 0.2 for f in (0.8, 1.2))
     assert within(chroma, low, high)
     darker = drawn_range(lambda r: float(augment.edges(grey, r).min()))
-    assert 0.425 - 1e-5 <= darker[0] < 0.45, "flat pictures have no edges: up to 0.15 of them is black"
+    assert 0.425 - 1e-5 <= darker[0] < 0.45, (
+        "flat pictures have no edges: up to 0.15 of them is black"
+    )
     columns = torch.arange(16.0).expand(1, 3, 16, 16) / 16
     one = rng(0)
     relief = [16 * float((augment.emboss(columns, one) - columns)[0, 0, 8, 8]) for _ in range(400)]
@@ -146,7 +148,9 @@ def test_blurs_spread_a_point_little_and_leave_a_step_where_it_is() -> None:
         spread = augment.blur(point, np.random.default_rng(seed))[0, 0].sum(dim=0)
         if spread.sum() > 0.5:  # a median takes a point away
             spreads.append(float((spread * place).sum() / spread.sum()))
-        assert augment.blur(step, np.random.default_rng(seed)).mean() == pytest.approx(0.5, abs=1e-4)
+        assert augment.blur(step, np.random.default_rng(seed)).mean() == pytest.approx(
+            0.5, abs=1e-4
+        )
     assert 0.7 < max(spreads) < 1.01, "variances: at most the square of a σ of 1 px"
 
 

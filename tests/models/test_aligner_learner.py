@@ -97,7 +97,12 @@ def test_all_terms_are_there_and_add_up_to_what_is_minimised():
 
 def test_a_step_descends_the_papers_equations():
     """Equations (1) to (5) and LPD's mask term written out; with a rate of 1, SGD moves each weight by its gradient."""
-    weights = {"l1": 3.0, "vgg_features": 0.5, "identity_features": 0.7, "discriminator_features": 2.0}
+    weights = {
+        "l1": 3.0,
+        "vgg_features": 0.5,
+        "identity_features": 0.7,
+        "discriminator_features": 2.0,
+    }
     weights |= {"identity": 1.5, "adversarial": 0.9, "dice": 0.4}  # fmt: skip
     layers = {"vgg_weights": (0.3, 0.6), "identity_weights": (0.1, 0.2, 0.3, 0.4)}
     learner = in_double(tiny_learner(replace(LEARNER, **weights, **layers, clip=1e9)))
@@ -386,12 +391,12 @@ def test_calibration_makes_layers_equal_and_is_part_of_the_config():
     targets = torch.cat([batch.target for batch in batches])
     faces = crop_faces(targets, batches[0].target_face_matrix.repeat(2, 1, 1), (112, 96))
     assert frozen.vgg is not None
-    for weights, maps in (
+    for measured, maps in (
         (config.vgg_weights, frozen.vgg(targets)),
         (config.identity_weights, frozen.identity.features(faces)),
     ):
-        shares = [weight * m.abs().mean().item() for weight, m in zip(weights, maps, strict=True)]
-        assert shares == pytest.approx([1 / len(weights)] * len(weights), rel=1e-4)
+        shares = [weight * m.abs().mean().item() for weight, m in zip(measured, maps, strict=True)]
+        assert shares == pytest.approx([1 / len(measured)] * len(measured), rel=1e-4)
     torch.manual_seed(0)
     learner = AlignerLearner(config, wrap=lambda n: n, device=torch.device("cpu"))
     torch.manual_seed(0)

@@ -44,7 +44,10 @@ def test_a_person_is_in_the_code_and_only_code_and_generator_learn() -> None:
     begun = (learner.networks["aligner"], learner.ema.network)
     encoders = (begun[0].portrait, begun[0].pose, begun[0].expression)
     assert not any(module.training for encoder in encoders for module in encoder.modules())
-    noise = torch.randn_like(batch.sources), torch.randn_like(vectors)  # nobody looks at sources now
+    noise = (
+        torch.randn_like(batch.sources),
+        torch.randn_like(vectors),
+    )  # nobody looks at sources now
     for network in (personal, learner.ema.network, begun[0].eval()):
         assert torch.equal(network(*noise, batch.driving, batch.driving_face).image, picture)
     for name, rate in (("aligner", 3e-4), ("discriminator", 7e-4)):

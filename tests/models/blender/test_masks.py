@@ -88,7 +88,9 @@ def test_a_cell_goes_to_whom_most_of_it_belongs_by_the_root_of_the_areas():
     """960 pixels of skin and 64 of an eye: the eye's weigh sqrt(15) = 3.9 times as much. By area, they would 15 times."""
     eye = [group.name for group in GROUPS["fine"]].index("l_eye")
     labels = torch.full((1, 1, SIZE, SIZE), int(ParsingLabel.SKIN), dtype=torch.uint8)
-    labels[0, 0, :2, :1] = ParsingLabel.L_EYE  # 2 of 16 in the first cell, 4 in the second, 3 in the third
+    labels[0, 0, :2, :1] = (
+        ParsingLabel.L_EYE
+    )  # 2 of 16 in the first cell, 4 in the second, 3 in the third
     labels[0, 0, :2, 4:6] = ParsingLabel.L_EYE
     labels[0, 0, :3, 8:9] = ParsingLabel.L_EYE
     labels[0, 0, 24:31, 20:27] = ParsingLabel.L_EYE
