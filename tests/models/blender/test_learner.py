@@ -116,8 +116,9 @@ def test_a_step_descends_the_papers_equations():
 
 
 def test_the_optimisers_are_the_supplements():
+    one = learner()
     for name, rate in (("blender", 1e-4), ("discriminator", 4e-4)):
-        (group,) = learner().optimizers[name].param_groups
+        (group,) = one.optimizers[name].param_groups
         assert (group["lr"], group["betas"], group["eps"]) == (rate, (0.9, 0.999), 1e-8)
 
 
