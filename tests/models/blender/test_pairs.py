@@ -180,11 +180,15 @@ def test_masks_and_labels_go_with_their_pictures():
             ((made.other, made.other_labels, made.other_valid), other),
         ):
             assert all(torch.equal(*both) for both in zip(found, wanted, strict=True))
-    turned = single(paired("key", (one, same, stranger), 1, PairConfig(**(NEVER | {"p_affine": 1}))))  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    chances = draw(generator, PairConfig(**(NEVER | {"p_affine": 1})))
+    chances = chances._replace(turn=torch.tensor([12.0, 7.0]))
+    turned = single(make_pair("key", one, same, stranger, chances, generator))
     black = (turned.truth == -1).all(dim=0, keepdim=True)
     assert (turned.truth_valid == 0).sum() > 50
     assert (black != (turned.truth_valid == 0)).float().mean() < 0.05  # outlines are interpolated
     assert torch.equal(turned.target_valid, one.valid)
+    assert (turned.truth_valid != one.valid).float().mean() > 0.08
 
 
 def test_labels_turn_with_the_picture():

@@ -127,6 +127,11 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(lambda a, t, v: warp(a, t, v, *labels, config).values, leaves)
 
 
+def test_unit_features_have_the_gradient_of_finite_differences():
+    features = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(unit_features, [features])
+
+
 def test_rows_are_means_and_sum_to_one():
     labels = label_pair("many")
     a, t, _ = inputs(*labels, torch.float64)
