@@ -30,6 +30,7 @@ PERCEPTUAL_LAYERS: dict[PerceptualName, tuple[str, ...]] = {
     "vgg_normalised_conv3_1": ("relu1_1", "relu2_1", "relu3_1"),
     "none": (),
 }
+"""Layers of equation (6), which names none: the first of each block, as in perceptual losses since pix2pixHD. The Aligner's 13 are LPD's."""
 Reenact = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """An Aligner: sources (n, k, 3, E, E), their faces, driving picture and its face → pictures (n, 3, S, S) in [-1, 1]."""
 PREVIEW_COLUMNS = (

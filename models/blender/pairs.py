@@ -118,6 +118,9 @@ def make_pair(
 ) -> BlenderBatch:
     """A training sample from one frame: a batch of one.
 
+    Where T is another frame, too, all of the truth counts (the specification wants the painted region alone): what the Blender
+    is given around that region is of the truth, not of T, so nothing asks it for a background that it cannot know.
+
     Args:
         key: of the frame.
         frame: the truth.

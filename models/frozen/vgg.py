@@ -24,7 +24,8 @@ WEIGHTS: dict[VggName, tuple[str, ...]] = {
 """Entries of ``models.frozen.weights`` that each network loads."""
 
 BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
-"""Channels and convolutions of the five blocks, each but the first after a 2x2 maximum."""
+"""Channels and convolutions of the five blocks, each but the first after a 2x2 maximum, with which the weights were trained; latent
+pose reenactment and its heirs take means there."""
 LAYERS = [f"relu{i}_{j}" for i, (_, depth) in enumerate(BLOCKS, 1) for j in range(1, depth + 1)]
 ENDS: dict[VggName, str] = {"vgg19": "relu5_4", "vgg_normalised_conv3_1": "relu3_1"}
 """The last layer that each network has."""

@@ -20,8 +20,10 @@ from models.aligner.learner import (
     Frozen,
     calibrated,
     even,
+    load_frozen,
 )
 from models.frozen import weights
+from models.frozen.arcface import crop_faces
 from models.layers import bare
 from models.updates import NonFiniteLossError
 from tests.aligners import LEARNER, NETWORK, SIZE, doubled, drawn_batch, in_double, tiny_learner
@@ -91,6 +93,95 @@ def test_all_terms_are_there_and_add_up_to_what_is_minimised():
         for value in metrics.values()
     )
     assert metrics["loss/l1"] > 0.1
+
+
+def test_a_step_descends_the_papers_equations():
+    """Equations (1) to (5) and LPD's mask term written out; with a rate of 1, SGD moves each weight by its gradient."""
+    weights = {
+        "l1": 3.0,
+        "vgg_features": 0.5,
+        "identity_features": 0.7,
+        "discriminator_features": 2.0,
+    }
+    weights |= {"identity": 1.5, "adversarial": 0.9, "dice": 0.4}  # fmt: skip
+    layers = {"vgg_weights": (0.3, 0.6), "identity_weights": (0.1, 0.2, 0.3, 0.4)}
+    learner = in_double(tiny_learner(replace(LEARNER, **weights, **layers, clip=1e9)))
+    batch = doubled(drawn_batch(moves=1))
+    batch.target[:, :, -2:] = 0.3  # outside the frame, where it must not count
+    names = ("aligner", "discriminator")
+    aligner, discriminator = (copy.deepcopy(learner.networks[name]) for name in names)
+    for name in names:
+        learner.optimizers[name] = torch.optim.SGD(learner.networks[name].parameters(), lr=1.0)
+    metrics = learner.train_step(batch, 0)
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b.detach()).abs().mean()
+
+    def faces(images: Tensor) -> Tensor:
+        return crop_faces(images, batch.target_face_matrix, learner.frozen.identity.size)
+
+    who, vgg = learner.frozen
+    assert vgg is not None
+    vectors = torch.stack([who(batch.source_faces[:, k])[0] for k in range(2)], dim=1)
+    image, mask = aligner(batch.sources, vectors, batch.driving, batch.driving_face)
+    inside, person = batch.target_valid, batch.target_foreground
+    black = torch.full_like(image, -1)
+    made = torch.where(inside > 0, image, black)
+    real = torch.where((inside > 0) & (person > 0), batch.target, black)
+    pairs = zip(layers["vgg_weights"], vgg(made), vgg(real), strict=True)
+    scores, of_made = discriminator(made)
+    _, of_real = discriminator.eval()(real)
+    (made_vector, made_maps), (real_vector, real_maps) = who(faces(made)), who(faces(real))
+    faces_pairs = zip(layers["identity_weights"], made_maps, real_maps, strict=True)
+    cosine = (made_vector * real_vector).sum(1) / made_vector.norm(dim=1) / real_vector.norm(dim=1)
+    seen, wanted = (mask * inside).flatten(1), (person * inside).flatten(1)
+    overlap = 2 * (seen * wanted).sum(1) / ((seen**2).sum(1) + (wanted**2).sum(1))
+    terms = {
+        "l1": (made - real).abs()[(inside > 0).expand_as(made)].mean(),
+        "vgg_features": sum(w * distance(a, b) for w, a, b in pairs),
+        "identity_features": sum(w * distance(a, b) for w, a, b in faces_pairs),
+        "discriminator_features": torch.stack(
+            [distance(a, b) for a, b in zip(of_made, of_real, strict=True)]
+        ).mean(),
+        "identity": (1 - cosine).mean(),
+        "adversarial": -scores.mean(),
+        "dice": -overlap.log().mean(),
+    }
+    sum(weights[name] * term for name, term in terms.items()).backward()
+    discriminator.train().zero_grad()
+    of_both, _ = discriminator(torch.cat([real, made.detach()]))
+    terms["discriminator"] = (1 - of_both[:2]).relu().mean() + (1 + of_both[2:]).relu().mean()
+    terms["discriminator"].backward()
+    for name, term in terms.items():
+        torch.testing.assert_close(metrics[f"loss/{name}"], term.detach(), msg=name)
+    averages = dict(learner.ema.network.named_parameters())
+    for name, reference in zip(names, (aligner, discriminator), strict=True):
+        after = dict(learner.networks[name].named_parameters())
+        for key, p in reference.named_parameters():
+            torch.testing.assert_close(after[key], p - p.grad, rtol=1e-6, atol=1e-9, msg=key)
+            if name == "aligner":
+                average = p - 0.001 * p.grad
+                torch.testing.assert_close(averages[key], average, rtol=1e-6, atol=1e-12, msg=key)
+
+
+def test_the_recipe_is_the_supplements_and_latent_pose_reenactments():
+    """Supplement §3.2; weights of losses: spec-head-swap §2.7."""
+    config = AlignerLearnerConfig()
+    assert (config.lr, config.discriminator_lr, config.betas) == (1e-4, 4e-4, (0.9, 0.999))
+    weights = (config.l1, config.vgg_features, config.identity_features)
+    assert (*weights, config.discriminator_features) == (30, 1, 1, 10)
+    assert (config.identity, config.adversarial, config.dice) == (2, 1, 1)
+    assert (config.clip, config.ema_decay) == (10, 0.999)
+    stages = (config.discriminator_base, config.discriminator_limit, config.discriminator_stages)
+    assert stages == (64, 512, 7)
+    assert config.vgg_layers == (
+        "relu1_1", "relu1_2", "relu2_1", "relu2_2", "relu3_1", "relu3_2", "relu3_3", "relu3_4",
+        "relu4_1", "relu4_2", "relu4_3", "relu4_4", "relu5_1",
+    )  # fmt: skip
+    learner = tiny_learner()
+    for name, rate in (("aligner", 1e-4), ("discriminator", 4e-4)):
+        (group,) = learner.optimizers[name].param_groups
+        assert (group["lr"], group["betas"], group["eps"]) == (rate, (0.9, 0.999), 1e-8)
 
 
 def test_terms_that_cannot_be_had_are_left_out_and_told():
@@ -187,10 +278,10 @@ def test_the_last_block_fades_in_with_the_samples():
     config = replace(LEARNER, fade_samples=100)
     batch = drawn_batch()
     seen = {}
-    for samples in (0, 50, 100):
+    for samples in (0, 50, 150):
         seen[samples] = tiny_learner(config).train_step(batch, samples)["loss/l1"].item()
-    assert seen[100] == tiny_learner().train_step(batch, 0)["loss/l1"].item()
-    assert len({seen[0], seen[50], seen[100]}) == 3
+    assert seen[150] == tiny_learner().train_step(batch, 0)["loss/l1"].item()
+    assert len({seen[0], seen[50], seen[150]}) == 3
     with pytest.raises(ValueError, match="append64"):
         replace(config, network=replace(NETWORK, schedule="lpd"))
 
@@ -210,6 +301,7 @@ def test_evaluation_changes_nothing_and_tells_leakage_on_crossed_pairs():
     learner = tiny_learner()
     batch = drawn_batch()
     learner.train_step(batch, 0)
+    batch.target_face_matrix[:, :, 2] += torch.randn(len(batch), 2)  # faces lie elsewhere in each
     before = state(learner)
     metrics = learner.eval_step(batch)
     assert {
@@ -232,6 +324,13 @@ def test_evaluation_changes_nothing_and_tells_leakage_on_crossed_pairs():
     cosine = torch.nn.functional.cosine_similarity
     expected = cosine(vectors, targets).mean() - cosine(vectors, own).mean()
     torch.testing.assert_close(metrics["health/leakage"], expected)
+    torch.testing.assert_close(metrics["health/csim_cross"], cosine(vectors, own).mean())
+    straight = learner.ema.network(
+        batch.sources, learner.identities(batch.source_faces), batch.driving, batch.driving_face
+    ).image
+    inside = (batch.target_valid > 0).expand_as(straight)
+    gaps = (straight - learner.compared(batch.target, batch)).abs()
+    torch.testing.assert_close(metrics["loss/l1"], gaps[inside].mean())
     assert set(learner.eval_step(drawn_batch(people=1, moves=1))) == {
         "loss/l1",
         "loss/dice",
@@ -287,6 +386,17 @@ def test_calibration_makes_layers_equal_and_is_part_of_the_config():
     config = calibrated(LEARNER, batches, torch.device("cpu"))
     assert len(config.vgg_weights) == 2
     assert len(config.identity_weights) == 4
+    torch.manual_seed(0)
+    frozen = load_frozen(LEARNER, torch.device("cpu"))
+    targets = torch.cat([batch.target for batch in batches])
+    faces = crop_faces(targets, batches[0].target_face_matrix.repeat(2, 1, 1), (112, 96))
+    assert frozen.vgg is not None
+    for measured, maps in (
+        (config.vgg_weights, frozen.vgg(targets)),
+        (config.identity_weights, frozen.identity.features(faces)),
+    ):
+        shares = [weight * m.abs().mean().item() for weight, m in zip(measured, maps, strict=True)]
+        assert shares == pytest.approx([1 / len(measured)] * len(measured), rel=1e-4)
     torch.manual_seed(0)
     learner = AlignerLearner(config, wrap=lambda n: n, device=torch.device("cpu"))
     torch.manual_seed(0)

@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
+from torchvision.models import ResNeXt50_32X4D_Weights
+from torchvision.transforms.functional import normalize
 
 from models.aligner.network import (
     Aligner,
     AlignerConfig,
+    Encoder,
     Generator,
     enlarged,
     grow,
@@ -180,6 +185,62 @@ def test_the_identity_code_has_unit_variance_whatever_the_vectors_length():
     torch.testing.assert_close(code[:, -128:].square().mean(dim=1), torch.ones(2))
 
 
+def test_the_identity_code_points_along_the_mean_of_the_raw_vectors():
+    """A surer picture has a longer vector, and weighs more; unit vectors would weigh alike."""
+    sources, *_ = inputs()
+    identities = torch.zeros(2, 2, 128)
+    identities[:, 0, 0], identities[:, 1, 1] = 3.0, 4.0
+    code = built().encode_sources(sources, identities)[:, -128:]
+    expected = torch.tensor([0.6, 0.8]) * 128**0.5
+    torch.testing.assert_close(code[:, :2], expected.expand(2, 2))
+    assert not code[:, 2:].any()
+
+
+def test_every_encoder_sees_its_own_picture_and_has_its_own_place_in_the_code():
+    aligner = built()
+    sources, identities, driving, face = inputs()
+    motion = aligner.encode_motion(driving, face)
+    torch.testing.assert_close(motion[:, :8], aligner.pose(driving))
+    torch.testing.assert_close(motion[:, 8:], aligner.expression(face))
+    portraits = torch.stack([aligner.portrait(sources[:, k]) for k in range(2)])
+    code = aligner.encode_sources(sources, identities)
+    torch.testing.assert_close(code[:, :16], portraits.mean(dim=0))
+
+
+@pytest.mark.parametrize("init", ["scratch", "imagenet"])
+def test_encoders_are_given_pictures_as_their_weights_expect(init):
+    """From scratch they come as they are, in [-1, 1]; else as torchvision's own transform makes them."""
+    encoder = Encoder(nn.Identity(), is_imagenet=init == "imagenet", is_spectral=False)
+    image = torch.rand(2, 3, 4, 4) * 2 - 1
+    expected = image
+    if init == "imagenet":
+        preset = ResNeXt50_32X4D_Weights.IMAGENET1K_V2.transforms()
+        expected = normalize((image + 1) / 2, preset.mean, preset.std)
+    torch.testing.assert_close(encoder(image), expected)
+
+
+def test_motion_codes_do_not_tremble_in_training():
+    aligner = built(replace(NETWORK, norm="frozen")).train()
+    *_, driving, face = inputs()
+    motion = aligner.encode_motion(driving, face)
+    assert torch.equal(aligner.encode_motion(driving, face), motion)
+
+
+def test_the_generator_starts_from_ones():
+    """LPD, spec-head-swap §2.5: learned, and the same for everybody."""
+    constant = Generator(NETWORK).constant
+    assert constant.shape == (1, 32, 4, 4)
+    assert (constant == 1).all()
+    assert constant.requires_grad
+
+
+def test_enlarging_is_opencvs():
+    image = torch.rand(1, 3, 5, 5)
+    expected = cv2.resize(image[0].permute(1, 2, 0).numpy(), (10, 10))
+    ours = enlarged(image)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
 def test_codes_can_be_made_once_and_used_again():
     aligner = built()
     sources, identities, driving, face = inputs()
@@ -200,8 +261,7 @@ def test_first_pictures_are_not_washed_out():
 @pytest.mark.parametrize("norm", ["sync", "frozen", "group"])
 def test_encoder_norms_do_what_they_are_chosen_for(norm):
     torch.manual_seed(0)
-    aligner = Aligner(replace(NETWORK, norm=norm))
-    assert aligner.training
+    aligner = Aligner(replace(NETWORK, norm=norm)).train()
     _, _, driving, face = inputs(b=3)
     together = aligner.encode_motion(driving, face)
     alone = [aligner.eval().encode_motion(driving[i : i + 1], face[i : i + 1]) for i in range(3)]
@@ -276,6 +336,10 @@ def test_a_grown_network_starts_as_the_small_one_enlarged(predict_mask):
     if before.mask is not None:
         assert after.mask is not None
         torch.testing.assert_close(after.mask, enlarged(before.mask), rtol=0, atol=1e-6)
+    code = torch.randn(2, grown.generator.hidden.in_features)
+    for shift, scale in grown.generator._affines(code)[-3:-1]:  # of the new block
+        assert not shift.any()
+        assert (scale == 1).all()
     full, half = grown(*inputs()).image, grown(*inputs(), fade=0.5).image
     torch.testing.assert_close(half, (after.image + full) / 2)
     assert (full - after.image).abs().max() > 0.01

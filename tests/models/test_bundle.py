@@ -74,7 +74,8 @@ def test_what_comes_back_is_what_was_saved(place: str, tmp_path: Path) -> None:
     again = bundle.load(uri)
     assert isinstance(again, Small)
     assert again.config == CONFIG
-    assert not again.training
+    assert not any(module.training for module in again.modules())
+    assert not any(p.requires_grad for p in again.parameters())
     wanted, got = network.state_dict(), again.state_dict()
     assert wanted.keys() == got.keys()
     for name, value in wanted.items():

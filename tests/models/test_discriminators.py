@@ -42,6 +42,37 @@ def test_features_are_taken_before_the_next_relu():
     assert all(feature.min() < 0 for feature in features)
 
 
+def test_scores_and_features_are_those_of_the_specification():
+    """Spec-head-swap §2.6 written out for 16 pixels: a first stage, a halving one, and two flat ones."""
+    torch.manual_seed(0)
+    network = ResidualDiscriminator(3, 16, base=4, limit=8, stages=4).double().eval()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+
+    def conv(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        matrix = layer.parametrizations.weight.original.flatten(1)
+        power = layer.parametrizations.weight[0]
+        weight = (matrix / (power._u @ matrix @ power._v)).view_as(layer.weight)
+        return torch.nn.functional.conv2d(x, weight, layer.bias, padding=weight.shape[-1] // 2)
+
+    def halved(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
+
+    first, second, *flat = network.stages
+    x = halved(conv(first.second, conv(first.first, images).relu()) + conv(first.skip, images))
+    expected = [x]
+    x = halved(conv(second.second, conv(second.first, x.relu()).relu()) + conv(second.skip, x))
+    expected.append(x)
+    for stage in flat:
+        x = conv(stage.second, conv(stage.first, x.relu()).relu()) + x
+        expected.append(x)
+    scores, features = network(images)
+    for found, feature in zip(features, expected, strict=True):
+        torch.testing.assert_close(found, feature)
+    direction = network.score.parametrizations.weight.original[0]  # one row: its norm is its length
+    total = x.relu().sum(dim=(2, 3)) @ direction / direction.norm() + network.score.bias
+    torch.testing.assert_close(scores, total)
+
+
 def test_sizes_that_do_not_halve_are_refused():
     with pytest.raises(ValueError, match="48"):
         ResidualDiscriminator(3, 48)

@@ -26,8 +26,8 @@ from models.frozen.arcface import ArcFace, crop_faces
 from models.frozen.identity import five_points, mobilefacenet_chip
 from pipelines import shards
 from pipelines.geometry import fit_similarity, transform
-from pipelines.reader import Reader
-from pipelines.samples import Share, decode, generator, inside_frame
+from pipelines.reader import JSON, MATRIX, Piece, Reader
+from pipelines.samples import Share, decode, generator, inside_frame, pictures
 from pipelines.samples_aligner import (
     AlignerHeldOutConfig,
     AlignerSamples,
@@ -40,6 +40,7 @@ from pipelines.samples_aligner import (
     held_out_batches,
     num_sources,
 )
+from pipelines.schema import npy_bytes
 from pipelines.shards import DatasetError
 from tests.datasets import face_points, make_dataset
 from tests.streams import (
@@ -209,6 +210,11 @@ def test_pictures_and_landmarks_are_those_of_their_frames(dataset: str, reader: 
         assert np.allclose(batch.landmarks[number], face_points(128, turn), atol=1e-3)
         mean = reference.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
         assert np.abs(image_of(batch.driving[number]) - mean).max() < 1.01
+
+
+def test_the_range_ends_at_one() -> None:
+    """x / 127.5 - 1: black is -1 and white 1, exactly."""
+    assert pictures([np.array([[[0, 255, 255]]], np.uint8)]).flatten().tolist()[:2] == [-1, 1]
 
 
 def test_smaller_pictures_are_the_means_of_larger_ones() -> None:
@@ -382,6 +388,82 @@ def test_the_border_is_where_a_warped_frame_has_nothing(matrix: list[list[float]
     reference = cv2.warpAffine(white, theirs, (64, 64), flags=cv2.INTER_NEAREST) > 0
     assert 0 < mask.sum() < mask.size
     assert (mask != reference).sum() <= 64, "more than a line of pixels on the border"
+
+
+def test_the_border_is_between_pixel_centres() -> None:
+    """A window of 4 pixels that begins 0.3 px left of the frame and 0.7 px above it, and ends beyond both."""
+    mask = inside_frame(np.array([[1.0, 0, 0.3], [0, 1.0, 0.7]]), (3, 3), 4)
+    assert mask.tolist() == [[False] * 4, *[[True, True, True, False]] * 3]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_border_is_that_of_the_targets_own_frame(dataset: str, flip: bool) -> None:
+    """Every frame's window reaches farther beyond the left edge than the last one's; its scale is that of the pictures."""
+    samples = AlignerSamples(replace(PLAIN, flip=float(flip)), dataset, "train")
+    each = draw(samples.reader, samples.config, generator(0, 3), 2)
+    needed = samples.pieces(each)
+    members = dict(zip(needed, samples.reader.read(needed), strict=True))
+    track, frame = each.target
+    first = Piece(track, JSON, MATRIX)
+    record, landmarks, _ = members[first]
+    count = int(samples.reader.frames[track])
+    matrices = np.tile(np.array([[0.2, 0, 0], [0, 0.2, 0]], np.float32), (count, 1, 1))
+    matrices[:, 0, 2] = 10 + 10 * np.arange(count)
+    members[first] = [record, landmarks, npy_bytes(matrices)]
+    valid = samples.sample(each, members, generator(0, 0))["target_valid"][0]
+    border = (10 + 10 * frame) // 2  # of 64 pixels, where the dataset has 128
+    expected = torch.ones(64, 64)
+    expected[:, :border] = 0
+    assert torch.equal(valid, expected.flip(1) if flip else expected)
+
+
+def test_the_person_moves_with_the_target(dataset: str) -> None:
+    moving = AugmentConfig(max_photometric=0, scale=0.0, shift=0.2, probability=1.0)
+    still, moved = (
+        next(train(replace(PLAIN, augment=chosen), dataset)) for chosen in (NO_AUGMENT, moving)
+    )
+    for number in range(len(still)):
+        x, y = (moved.landmarks[number] - still.landmarks[number])[0].round().int().tolist()
+        there = torch.roll(still.target_foreground[number], (y, x), dims=(1, 2))
+        inner = slice(14, -14)
+        assert torch.equal(there[:, inner, inner], moved.target_foreground[number][:, inner, inner])
+    assert not torch.equal(still.target_foreground, moved.target_foreground)
+
+
+def test_the_recipe_is_latent_pose_reenactments() -> None:
+    config = AlignerSamplesConfig()
+    assert (config.min_sources, config.max_sources, config.pairing) == (1, 8, "video")
+    assert (config.output_size, config.encoder_size, config.flip) == (512, 256, 0.5)
+    strengths = config.augment
+    assert (strengths.max_photometric, strengths.scale, strengths.shift) == (5, 0.2, 0.05)
+    assert strengths.probability == 0.5
+
+
+def test_both_driving_views_are_changed_alike_and_the_target_is_not(
+    dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One operation, whose strength is drawn: window and face get the same one."""
+
+    def darken(x: Tensor, rng: np.random.Generator) -> Tensor:
+        return x * float(rng.uniform(0.2, 0.8))
+
+    monkeypatch.setattr(augment, "OPERATIONS", (darken,))
+    loud = AugmentConfig(max_photometric=1, scale=0.0, shift=0.0)
+    plain, made = (next(train(replace(PLAIN, augment=a), dataset)) for a in (NO_AUGMENT, loud))
+    assert torch.equal(plain.target, made.target)
+    assert torch.equal(plain.sources, made.sources)
+    factors = []
+    for number in range(len(made)):
+        views = ("driving", "driving_face")
+        window, face = (
+            float(((getattr(made, v)[number] + 1) / (getattr(plain, v)[number] + 1 + 1e-6)).median())
+            for v in views
+        )  # fmt: skip
+        assert window == pytest.approx(face, abs=1e-3)
+        factors.append(round(window, 4))
+    changed = [factor for factor in factors if factor < 0.81]
+    assert 0 < len(changed) < len(factors)
+    assert len(set(changed)) == len(changed)
 
 
 def test_masks_are_those_of_frame_and_labels(dataset: str, tmp_path: Path) -> None:

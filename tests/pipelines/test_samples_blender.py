@@ -17,7 +17,7 @@ import torch
 from models.blender.batch import BlenderBatch, join
 from models.blender.pairs import PairConfig
 from pipelines import report
-from pipelines.reader import Reader
+from pipelines.reader import JSON, MATRIX, Piece, Reader
 from pipelines.samples import HeldOutConfig, Share, decode, pictures
 from pipelines.samples_aligner import AlignerSamples, Draw, aligner_batches
 from pipelines.samples_blender import (
@@ -29,6 +29,7 @@ from pipelines.samples_blender import (
     draw,
     held_out_batches,
 )
+from pipelines.schema import npy_bytes
 from pipelines.shards import DatasetError
 from tests.aligners import NETWORK
 from tests.datasets import made_video, make_dataset
@@ -143,6 +144,41 @@ def test_tensors_are_those_of_the_members(dataset: str) -> None:
     smaller = next(train(PLAIN, dataset))
     assert smaller.truth.shape == (6, 3, SIZE, SIZE)
     assert torch.equal(smaller.animated_labels[..., :, :], batch.animated_labels[..., 1::2, 1::2])
+
+
+def test_the_border_is_that_of_each_frame(dataset: str) -> None:
+    """Every frame's window reaches farther beyond the left edge than the last one's."""
+    samples = BlenderSamples(PLAIN, dataset, "train")
+    each = draw(samples.reader, PLAIN, 1, has_aligner=False)
+    members = dict(
+        zip(samples.pieces(each), samples.reader.read(samples.pieces(each)), strict=True)
+    )
+    for track, _ in (each.frame, each.same, each.stranger):
+        first = Piece(track, JSON, MATRIX)
+        count = int(samples.reader.frames[track])
+        matrices = np.tile(np.array([[0.2, 0, 0], [0, 0.2, 0]], np.float32), (count, 1, 1))
+        matrices[:, 0, 2] = 10 + 10 * np.arange(count)
+        members[first] = [*members[first][:2], npy_bytes(matrices)]
+    borders = set()
+    for frame in (each.frame, each.same, each.stranger):
+        valid = samples.shot(frame, members).valid[0]
+        border = (10 + 10 * frame[1]) // 2
+        assert not valid[:, :border].any()
+        assert valid[:, border:].all()
+        borders.add(border)
+    assert len(borders) > 1
+
+
+def test_every_video_of_a_person_is_as_likely(dataset: str) -> None:
+    reader = Reader(dataset, "train")
+    draws = [draw(reader, TINY, number, has_aligner=False) for number in range(1500)]
+    for name in ("frame", "stranger"):
+        keys = [reader.keys[getattr(each, name)[0]].split("-") for each in draws]
+        videos = Counter(video for identity, video, _ in keys if identity == "cleo")
+        assert len(videos) == 4
+        assert all(85 < count < 165 for count in videos.values()), name
+    coins = [each.chances.colours[0].item() for each in draws]
+    assert len(set(coins)) > 1400, "every sample has chances of its own"
 
 
 def test_the_aligner_is_given_what_it_was_trained_on(dataset: str) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
 from models.blender.exemplars import (
+    Exemplar,
     View,
     cycle_loss,
     enlarge,
+    exemplar_pair,
     fall_back,
     fallback_table,
     make_view,
@@ -64,6 +68,57 @@ def test_the_same_picture_comes_back_through_both_warps():
     assert cycle_loss(one, one, there, SHARP) < 1e-6
 
 
+def softmax_means(queries, keys, colours, query_groups, key_groups, tau):
+    """Equation (8) by a loop: (n, c), (m, c), (m, 3), (n), (m) to (n, 3), and where there is anything."""
+    queries, keys = (x - x.mean(dim=1, keepdim=True) for x in (queries, keys))
+    cosines = queries @ keys.T / (queries.norm(dim=1)[:, None] * keys.norm(dim=1))
+    found, known = torch.zeros(len(queries), 3), torch.zeros(len(queries), dtype=torch.bool)
+    for u, group in enumerate(query_groups.tolist()):
+        own = (key_groups == group).nonzero().flatten() if group >= 0 else []
+        if len(own):
+            weights = (cosines[u, own] / tau).exp()
+            found[u] = (weights[:, None] * colours[own]).sum(dim=0) / weights.sum()
+            known[u] = True
+    return found, known
+
+
+def test_both_warps_and_the_cycle_are_their_equations():
+    """Two pairs of pictures that share unequally many labels; some of A's groups live on fallbacks."""
+    config = WarpConfig(tau=0.2)
+    frames = ((drawn(0, dx=2), drawn(1, dx=-2, without=(ParsingLabel.NOSE, ParsingLabel.L_EYE))), (drawn(2), drawn(3, dx=4)))  # fmt: skip
+    views = [(view(a, random_features(i)), view(t, random_features(i + 7))) for i, (a, t) in enumerate(frames)]  # fmt: skip
+    losses, shares = [], []
+    for a, t in views:
+        found = given(a, t, config, least=8)  # T's few cells of a nose count as none
+        rows = [x[0].flatten(1).T for x in (a.features, t.features, a.colours, t.colours)]
+        of_a, of_t, colours_a, colours_t = rows
+        groups_a, groups_t, matched = (x.flatten() for x in (a.groups, t.groups, found.matched))
+        there, _ = softmax_means(of_a, of_t, colours_t, matched, groups_t, config.tau)
+        alone = (groups_a >= 0) & (matched < 0)
+        there[alone] = colours_a[alone]
+        torch.testing.assert_close(found.colours[0].flatten(1).T, there, atol=1e-5, rtol=0)
+        honest = torch.where(matched == groups_a, groups_a, -1)
+        expected, known = softmax_means(of_t, of_a, there, groups_t, honest, config.tau)
+        back, covered = transfer_back(a, t, found, config)
+        assert torch.equal(covered.flatten(), known)
+        torch.testing.assert_close(back[0].flatten(1).T, expected, atol=1e-5, rtol=0)
+        losses.append((expected - colours_t).abs()[known].mean())
+        shares.append(int(known.sum()))
+        torch.testing.assert_close(cycle_loss(a, t, found, config), losses[-1], atol=1e-5, rtol=0)
+    assert shares[0] != shares[1]
+    a, t = (View(*(torch.cat(parts) for parts in zip(*side, strict=True))) for side in zip(*views, strict=True))  # fmt: skip
+    both = cycle_loss(a, t, given(a, t, config, least=8), config)
+    torch.testing.assert_close(both, torch.stack(losses).mean(), atol=1e-5, rtol=0)
+
+
+def test_the_cycle_trains_the_way_there_as_well():
+    a, t = view(drawn(0, dx=1), random_features(0)), view(drawn(1), random_features(1))
+    found = given(a, t, WarpConfig(tau=0.2))
+    found = found._replace(colours=found.colours.detach().requires_grad_())
+    cycle_loss(a, t, found, WarpConfig(tau=0.2)).backward()
+    assert found.colours.grad.abs().max() > 0
+
+
 def test_a_mirrored_picture_is_found_by_its_features():
     frame = drawn(0, dx=3)
     features = random_features(0)
@@ -82,6 +137,13 @@ def test_a_mirrored_picture_is_found_by_its_features():
         ("mouth", []),
         ("glasses", []),
         ("skin", ["nose"]),
+        ("r_brow", ["hair", "skin"]),
+        ("lower_lip", ["upper_lip", "skin"]),
+        ("nose", ["skin"]),
+        ("hair", ["l_brow", "r_brow"]),
+        ("l_eye", []),
+        ("r_eye", []),
+        ("earring", []),
     ],
 )
 def test_an_absent_label_is_replaced_along_its_chain(absent, chain):
@@ -138,3 +200,31 @@ def test_enlarged_exemplars_are_zero_outside_and_untouched_by_what_is_beside():
     assert not large[(mask == 0).expand_as(large)].any()
     inside = large.movedim(1, -1)[mask[:, 0] > 0]
     torch.testing.assert_close(inside, torch.tensor([0.5, -0.25, 1.0]).expand_as(inside))
+
+
+def test_an_enlarged_exemplar_without_borders_is_opencvs():
+    colours = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole = torch.ones(1, 8, 8, dtype=torch.bool)
+    large = enlarge(colours, whole, torch.ones(1, 1, 32, 32))[0].permute(1, 2, 0).numpy()
+    expected = cv2.resize(colours[0].permute(1, 2, 0).numpy(), (32, 32))
+    np.testing.assert_allclose(large, expected, atol=1e-5)
+
+
+def test_pixels_far_from_any_cell_get_the_mean_of_all():
+    cells = torch.zeros(1, 8, 8, dtype=torch.bool)
+    cells[:, 0, :2] = True
+    colours = torch.zeros(1, 3, 8, 8)
+    colours[..., 0, 0], colours[..., 0, 1] = 0.2, 0.6
+    large = enlarge(colours, cells, torch.ones(1, 1, 32, 32))
+    torch.testing.assert_close(large[..., 28:, 28:], torch.full((1, 3, 4, 4), 0.4))
+
+
+def test_head_and_ring_do_not_bleed_into_each_other():
+    frame = drawn(0)
+    masks = make_masks(frame.labels[None], frame.labels[None], 2)
+    one = view(frame, random_features(0))
+    is_ring = (one.groups == len(NAMES))[:, None]
+    colours = torch.where(is_ring, -0.5, 0.5).expand(-1, 3, -1, -1) * (one.groups >= 0)[:, None]
+    head, ring = exemplar_pair(Exemplar(colours, one.groups), one, masks, len(NAMES))
+    torch.testing.assert_close(head, 0.5 * masks.head_a.expand_as(head))
+    torch.testing.assert_close(ring, -0.5 * masks.ring_a.expand_as(ring))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from dataclasses import replace
@@ -57,6 +58,85 @@ def test_one_step_changes_every_trained_parameter():
     assert unchanged == []
     assert {"loss/l1", "loss/cycle", "loss/cycle_other", "loss/adversarial", "loss/lightness", "loss/discriminator", "norm/blender", "norm/discriminator"} == set(metrics)  # fmt: skip
     assert all(value.isfinite() and not value.requires_grad for value in metrics.values())
+
+
+def test_a_step_descends_the_papers_equations():
+    """Equations (6) to (11) written out; with a rate of 1, SGD moves each weight by its gradient."""
+    weights = {"l1": 3.0, "cycle": 0.7, "cycle_other": 1.4, "lightness": 0.6, "adversarial_early": 0.9}  # fmt: skip
+    layers = (0.3, 0.5, 0.2)
+    perceptual = {"perceptual": "vgg_normalised_conv3_1", "perceptual_weights": layers}
+    one = in_double(learner(replace(CONFIG, **weights, **perceptual, random_init=True, clip=1e9)))
+    vgg = one._vgg.double()
+    batch = doubled(drawn_batch(config=PairConfig(p_mirror=1, p_affine=0)))
+    inside = torch.ones_like(batch.truth_valid)
+    inside[..., -5:] = 0
+    batch = replace(batch, truth_valid=inside, truth=torch.where(inside > 0, batch.truth, -1.0))
+    names = ("blender", "discriminator")
+    blender, discriminator = (copy.deepcopy(one.networks[name]).train() for name in names)
+    for name in names:
+        one.optimizers[name] = torch.optim.SGD(one.networks[name].parameters(), lr=1.0)
+    metrics = one.train_step(batch, 0)
+
+    made = blender(batch)
+    conditions = [made.masks.head_a, made.masks.painted - made.masks.head_a]
+    kept = inside.bool().expand_as(made.image)
+    fake = torch.cat([made.image, *conditions], dim=1)
+    real = torch.cat([batch.truth, *conditions], dim=1)
+    of_made, of_real = (vgg(torch.where(kept, x, 0.0)) for x in (made.image, batch.truth))
+    head = made.masks.head_a
+    luma = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).reshape(1, 3, 1, 1)
+    grey = ((made.head_exemplar - batch.animated) * luma).sum(dim=1, keepdim=True)
+    terms = {
+        "perceptual": sum(w * (a - b).abs().mean() for w, a, b in zip(layers, of_made, of_real, strict=True)),
+        "l1": (made.image - batch.truth).abs()[kept].mean(),
+        "cycle": made.cycle,
+        "cycle_other": made.cycle_other,
+        "lightness": (head * grey).abs().mean(),
+        "adversarial": -discriminator(fake)[0].mean(),
+    }  # fmt: skip
+    weights |= {"perceptual": 1.0, "adversarial": weights["adversarial_early"]}
+    sum(weights[name] * term for name, term in terms.items()).backward()
+    discriminator.eval().zero_grad()  # no second power iteration
+    terms["discriminator"] = (1 - discriminator(real)[0]).relu().mean()
+    terms["discriminator"] += (1 + discriminator(fake.detach())[0]).relu().mean()
+    terms["discriminator"].backward()
+    for name, term in terms.items():
+        torch.testing.assert_close(metrics[f"loss/{name}"], term.detach(), msg=name)
+    averages = dict(one.networks["ema"].network.named_parameters())
+    for name, reference in zip(names, (blender, discriminator), strict=True):
+        after = dict(one.networks[name].named_parameters())
+        for key, p in reference.named_parameters():
+            torch.testing.assert_close(after[key], p - p.grad, rtol=1e-6, atol=1e-9, msg=key)
+            if name == "blender":
+                average = p - 0.001 * p.grad
+                torch.testing.assert_close(averages[key], average, rtol=1e-6, atol=1e-12, msg=key)
+    expected = discriminator.state_dict()
+    for name, value in one.networks["discriminator"].named_buffers():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def test_the_optimisers_are_the_supplements():
+    one = learner()
+    for name, rate in (("blender", 1e-4), ("discriminator", 4e-4)):
+        (group,) = one.optimizers[name].param_groups
+        assert (group["lr"], group["betas"], group["eps"]) == (rate, (0.9, 0.999), 1e-8)
+
+
+def test_an_evaluation_is_of_the_average_and_each_score_of_its_region():
+    one = learner()
+    for parameter in one.networks["blender"].parameters():
+        torch.nn.init.constant_(parameter.data, 0.01)  # what is trained is far from its average
+    batch = drawn_batch()
+    scores, made = one.eval_step(batch), one.export()(batch)
+    gaps = (made.image - batch.truth).double().square().detach()
+    ring = made.masks.painted - made.masks.head_a
+    regions = {"painted": made.masks.painted, "head": made.masks.head_a, "inpainted": ring}
+    for name, mask in regions.items():
+        inside = mask * batch.truth_valid
+        errors = (gaps * inside).sum(dim=(1, 2, 3)) / (3 * inside.sum(dim=(1, 2, 3)))
+        expected = (10 * torch.log10(4 / errors)).mean()
+        torch.testing.assert_close(scores[f"score/psnr_{name}"].double(), expected, atol=1e-3, rtol=0)  # fmt: skip
+    torch.testing.assert_close(scores["loss/cycle_other"], made.cycle_other)
 
 
 @pytest.mark.real

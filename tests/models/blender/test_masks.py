@@ -19,6 +19,7 @@ from models.blender.masks import (
     make_masks,
     to_cells,
 )
+from models.blender.network import BlenderConfig
 from models.frozen.parsing import ParsingLabel
 from tests.models.blender.scenes import SIZE, drawn
 
@@ -83,6 +84,28 @@ def test_small_labels_survive_the_grid_and_no_cell_gets_a_label_it_has_not():
     assert (nearest == eye).sum() in (0, 1, 2)
 
 
+def test_a_cell_goes_to_whom_most_of_it_belongs_by_the_root_of_the_areas():
+    """960 pixels of skin and 64 of an eye: the eye's weigh sqrt(15) = 3.9 times as much. By area, they would 15 times."""
+    eye = [group.name for group in GROUPS["fine"]].index("l_eye")
+    labels = torch.full((1, 1, SIZE, SIZE), int(ParsingLabel.SKIN), dtype=torch.uint8)
+    labels[0, 0, :2, :1] = (
+        ParsingLabel.L_EYE
+    )  # 2 of 16 in the first cell, 4 in the second, 3 in the third
+    labels[0, 0, :2, 4:6] = ParsingLabel.L_EYE
+    labels[0, 0, :3, 8:9] = ParsingLabel.L_EYE
+    labels[0, 0, 24:31, 20:27] = ParsingLabel.L_EYE
+    labels[0, 0, 24:30, 27] = ParsingLabel.L_EYE
+    assert (labels == ParsingLabel.L_EYE).sum() == 64
+    cells = to_cells(group_map(labels, torch.zeros(1, 1, SIZE, SIZE), "fine"), 15, 4)
+    assert (cells[0, 0, :3] == eye).tolist() == [False, True, False]
+
+
+def test_the_painted_region_is_as_wide_on_every_size():
+    """Radius 8 at 512 (HeSer.Pytorch's kernel of 17)."""
+    assert [BlenderConfig(size=size).paint_radius for size in (512, 256, 64)] == [8, 4, 1]
+    assert [BlenderConfig(size=size).feather for size in (512, 256)] == [6, 3]
+
+
 def test_cells_take_the_colour_of_their_own_label_only():
     frame = drawn(0)
     masks = make_masks(frame.labels[None], frame.labels[None], 2)
@@ -115,6 +138,10 @@ def test_noise_touches_the_outline_and_is_a_function_of_the_generator():
     assert all((noise * outline).any() for noise in drawings if noise.any())
     assert sum(bool(noise.any()) for noise in drawings) > 25
     assert sum(bool((noise * (1 - dilate(head[None], 1)[0])).any()) for noise in drawings) > 20
+    # discs and squares end at a tenth of the side, strokes at three
+    reach = max((noise * (1 - dilate(head[None], 10)[0])).sum().item() for noise in drawings)
+    assert 0 < sum(noise.mean().item() for noise in drawings) / 30 < 0.25
+    assert reach < 60
     empty = draw_noise(torch.zeros(1, SIZE, SIZE), torch.Generator())
     assert not empty.any()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +15,8 @@ from models.blender.masks import head_mask
 from models.blender.pairs import (
     Frame,
     PairConfig,
+    draw,
+    make_pair,
     mirror,
     put_heads,
     recolour,
@@ -152,6 +157,103 @@ def test_turning_keeps_picture_and_labels_together():
     assert torch.equal(
         rotate(FRAME.labels, torch.tensor([90.0, 0]), nearest=True), FRAME.labels.rot90(1, (1, 2))
     )
+
+
+def test_masks_and_labels_go_with_their_pictures():
+    """Every frame has a border of its own; after what is done to it, picture, labels and border still belong together."""
+    frames = []
+    for number, frame in enumerate((FRAME, SAME, STRANGER)):
+        valid = torch.ones(1, SIZE, SIZE)
+        valid[..., : 2 + 3 * number] = 0
+        frames.append(Frame(torch.where(valid > 0, frame.image, -1.0), frame.labels, valid))
+    one, same, stranger = frames
+    for changes, target, other in (
+        ({}, one, stranger),
+        ({"p_mirror": 1}, Frame(*(x.flip(-1) for x in one)), stranger),
+        ({"p_other_frame": 1, "p_same_identity": 1}, same, same),
+        ({"p_other_frame": 1, "p_mirror": 1}, Frame(*(x.flip(-1) for x in same)), stranger),
+    ):
+        made = single(paired("key", (one, same, stranger), 0, PairConfig(**(NEVER | changes))))
+        assert torch.equal(made.truth_valid, one.valid)
+        for found, wanted in (
+            ((made.target, made.target_labels, made.target_valid), target),
+            ((made.other, made.other_labels, made.other_valid), other),
+        ):
+            assert all(torch.equal(*both) for both in zip(found, wanted, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    chances = draw(generator, PairConfig(**(NEVER | {"p_affine": 1})))
+    chances = chances._replace(turn=torch.tensor([12.0, 7.0]))
+    turned = single(make_pair("key", one, same, stranger, chances, generator))
+    black = (turned.truth == -1).all(dim=0, keepdim=True)
+    assert (turned.truth_valid == 0).sum() > 50
+    assert (black != (turned.truth_valid == 0)).float().mean() < 0.05  # outlines are interpolated
+    assert torch.equal(turned.target_valid, one.valid)
+    assert (turned.truth_valid != one.valid).float().mean() > 0.08
+
+
+def test_labels_turn_with_the_picture():
+    """A picture of the labels themselves: hair on the right."""
+    labels = torch.zeros_like(FRAME.labels)
+    labels[..., SIZE // 2 :] = ParsingLabel.HAIR
+    frame = FRAME._replace(image=(labels / 9.0 - 1).expand(3, -1, -1), labels=labels)
+    generator = torch.Generator().manual_seed(0)
+    chances = draw(generator, PairConfig(**(NEVER | {"p_affine": 1})))
+    for turn in ([12.0, 7.0], [-9.0, 12.0]):
+        turned = chances._replace(turn=torch.tensor(turn))
+        made = single(make_pair("key", frame, SAME, STRANGER, turned, generator))
+        off = (made.truth[0] - (made.animated_labels[0] / 9.0 - 1)).abs() > 0.5
+        assert off.float().mean() < 0.05  # outlines are interpolated
+        assert (made.animated_labels != labels).float().mean() > 0.05
+
+
+def test_draws_fill_their_ranges_on_both_sides():
+    config = PairConfig(p_affine=1)
+    draws = [draw(torch.Generator().manual_seed(seed), config) for seed in range(300)]
+    colours = torch.stack([each.colours for each in draws])
+    turns = torch.stack([each.turn for each in draws])
+    middle, reach = torch.tensor([1.0, 1, 1, 0]), torch.tensor([0.4, 0.4, 0.4, 0.1])
+    assert ((colours.amin(dim=0) - (middle - reach)) / reach).abs().max() < 0.05
+    assert ((colours.amax(dim=0) - (middle + reach)) / reach).abs().max() < 0.05
+    assert -15 <= turns.min() < -14
+    assert 14 < turns.max() <= 15
+    for coin, share in (("mirrored", 0.7), ("other_frame", 0.3), ("same_identity", 0.5), ("noisy", 0.5), ("reenacted", 0.25), ("replaced", 0.5)):  # fmt: skip
+        assert abs(sum(getattr(each, coin) for each in draws) / 300 - share) < 0.1, coin
+
+
+def test_shearing_is_opencvs():
+    """Against a matrix put together by hand: rows are shifted, then everything is turned."""
+    image = cv2.GaussianBlur(FRAME.image.permute(1, 2, 0).numpy(), (0, 0), 2)
+    for turn, shear in ((0.0, 14.0), (12.0, -9.0)):
+        angle, slant = math.radians(turn), math.tan(math.radians(shear))
+        turned = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        linear = turned @ np.array([[1, slant], [0, 1]])  # from the result to the picture
+        middle = np.full(2, SIZE / 2 - 0.5)
+        matrix = np.column_stack([linear, middle - linear @ middle])
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        expected = cv2.warpAffine(image, matrix, (SIZE, SIZE), flags=flags, borderValue=(-1,) * 3)
+        tensor = torch.from_numpy(image).permute(2, 0, 1)
+        ours = rotate(tensor, torch.tensor([turn, shear])).permute(1, 2, 0).numpy()
+        assert np.abs(ours - expected).mean() < 0.01
+
+
+def test_no_contrast_is_one_grey_and_no_saturation_three_equal_channels():
+    flat = recolour(FRAME.image, torch.tensor([1.0, 0, 1, 0]))
+    assert flat.std() < 1e-4
+    grey = recolour(FRAME.image, torch.tensor([1.0, 1, 0, 0]))
+    assert (grey - grey[:1]).abs().max() < 1e-4
+    assert grey.std() > 0.05
+
+
+def test_noise_touches_either_head():
+    """Of two heads side by side, both get some."""
+    left, right = (FRAME._replace(labels=torch.zeros_like(FRAME.labels)) for _ in range(2))
+    left.labels[:, 10:20, 2:8] = ParsingLabel.SKIN
+    right.labels[:, 10:20, 24:30] = ParsingLabel.SKIN
+    config = PairConfig(**(NEVER | {"p_noise": 1, "p_other_frame": 1}))
+    made = [single(paired("key", (left, right, STRANGER), seed, config)) for seed in range(20)]
+    sides = torch.stack([one.noise for one in made]).amax(dim=0)
+    assert sides[..., :4].any()
+    assert sides[..., -4:].any()
 
 
 def test_noise_enlarges_what_is_painted():

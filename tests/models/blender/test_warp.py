@@ -127,6 +127,11 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(lambda a, t, v: warp(a, t, v, *labels, config).values, leaves)
 
 
+def test_unit_features_have_the_gradient_of_finite_differences():
+    features = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(unit_features, [features])
+
+
 def test_rows_are_means_and_sum_to_one():
     labels = label_pair("many")
     a, t, _ = inputs(*labels, torch.float64)
@@ -181,6 +186,38 @@ def test_autocast_changes_nothing():
         inside = outcome(*labels, torch.float32, WarpConfig())  # the backward pass, too
     for one, other in zip(inside, plain, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["dense", "blocks", "chunked"])
+def test_coarse_features_are_matched_in_float32(backend):
+    labels = label_pair("many")
+    a, t, values = (x.detach().bfloat16() for x in inputs(*labels, torch.float32))
+    config = WarpConfig(backend=backend)
+    out, lse = warp(a, t, values, *labels, config)
+    assert out.dtype == lse.dtype == torch.float32
+    assert torch.equal(out, warp(a.float(), t.float(), values.float(), *labels, config).values)
+
+
+def test_the_precision_of_products_is_given_back():
+    labels = label_pair("many")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        outcome(*labels, torch.float32, WarpConfig())
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_place_without_features_is_no_trap():
+    """All channels equal: no direction, and no NaN, neither forward nor backward."""
+    features = torch.ones(1, 4, 3)
+    features[..., 1] = torch.tensor([1.0, 2, 3, 4])
+    features.requires_grad_()
+    unit = unit_features(features)
+    assert not unit[..., [0, 2]].any()
+    (unit * torch.arange(12.0).reshape(1, 4, 3)).sum().backward()
+    assert features.grad.isfinite().all()
 
 
 def test_groups_are_sorted_and_only_shared():
