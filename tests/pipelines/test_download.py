@@ -358,6 +358,28 @@ def test_a_child_that_crashes_is_a_failure_with_its_last_words(
     assert list(scratch.iterdir()) == []
 
 
+def test_the_last_words_of_a_crash_hold_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """yt-dlp prints the lines of a cookie file that it cannot use; what is printed before a crash is the row's detail."""
+    cookies = tmp_path / "my-account.txt"
+    cookies.write_text("# a comment\n127.0.0.1 FALSE / FALSE 0 SID cookievalue\n")
+    crashing = tmp_path / "python"
+    crashing.write_text(
+        f"#!/bin/sh\ncat >/dev/null & cat {cookies}; echo {cookies} http://a:hunter2@h; exit 7\n"
+    )
+    crashing.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(crashing))
+    failed = fetch(
+        video("http://127.0.0.1:9/v"), replace(CONFIG, cookies=str(cookies)), str(tmp_path)
+    )
+    assert (failed.cause, failed.state) == (Cause.DOWNLOAD_OTHER.value, "failed")
+    assert "ended with 7" in failed.detail
+    assert "comment" in failed.detail
+    for secret in ("cookievalue", "hunter2", "my-account", str(tmp_path)):
+        assert secret not in failed.detail
+
+
 # ---------------------------------------------------------------------------------------------- the cache
 
 

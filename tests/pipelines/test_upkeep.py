@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from pipelines import report, shards, storage, upkeep
+from pipelines import replay, report, shards, storage, upkeep
 from pipelines.output import ConfigError, OutputLock
-from pipelines.schema import Cause, reject
+from pipelines.schema import Cause, reject, to_row
 from tests import datasets
 from tests.datasets import Made, made_video, make_dataset
 
@@ -238,6 +238,26 @@ def test_no_trace_is_left_but_the_names(copy: str) -> None:
         assert not any(row[name] for name in ("video_sha256", "scores", "shift", "source", "bytes"))
     page = Path(copy, report.PAGE).read_text()
     assert "takedown: requested" in page
+
+
+def test_what_was_never_published_of_them_goes_too(copy: str) -> None:
+    """A list that grew: videos that a killed run has committed or saved are in no ledger yet, and would be published next."""
+    new = made_video("id02", "brand-new", frames=2)
+    other = made_video("id02-x", "v0", frames=2)  # a key that begins as one of id02
+    datasets.commit_all(copy, [new, other])
+    saved = [Path(copy, shards.WORK, "rows", stage) for stage in ("identities", "crops-replayed")]
+    for video, members in (new, other):
+        for folder in saved:
+            replay.save_row(to_row(video, members), str(folder))
+    upkeep.take_down(copy, ["id02"], [], REASON)
+    gone, stays = shards.load_commits(copy, ["id02-brand-new", "id02-x-v0"])
+    assert gone.video.cause == Cause.TAKEDOWN
+    assert gone.slices == {}
+    assert stays.slices
+    assert not Path(shards.part_uri(copy, "id02-brand-new", "tar")).exists()
+    assert Path(shards.part_uri(copy, "id02-x-v0", "tar")).exists()
+    for folder in saved:
+        assert [path.name for path in folder.iterdir()] == ["id02-x-v0.parquet"]
 
 
 def test_a_later_run_does_not_bring_them_back(copy: str) -> None:
