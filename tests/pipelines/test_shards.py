@@ -457,6 +457,13 @@ def test_parts_have_stable_places() -> None:
     assert uri == shards.part_uri("s3://bucket/out/", "id01-v0", "tar")
 
 
+@pytest.mark.parametrize("identity", ["id00017", "anna", "x" * 40])
+def test_an_identity_has_the_shard_that_the_format_says(identity: str) -> None:
+    """docs/formats.md: sha256 of "shard " and the name, its first 8 bytes as a big-endian number, modulo the buckets."""
+    number = int(hashlib.sha256(f"shard {identity}".encode()).hexdigest()[:16], 16)
+    assert [shards.bucket_of(identity, n) for n in (1, 7, 300)] == [number % n for n in (1, 7, 300)]
+
+
 # --- failures and ledger ------------------------------------------------------------------------------------------
 
 
