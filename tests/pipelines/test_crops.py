@@ -155,13 +155,17 @@ BLACK = np.zeros((480, 640, 3), np.uint8)
 DRAWN = transform(similarity(1, 0, (320, 200)), face())
 
 
-def test_the_share_inside_is_of_a_picture_that_is_wider_than_high():
-    """The drawn head's window is 820 px wide about (320, 300): all of the width is inside, but not above and below."""
+@pytest.mark.parametrize("place", [(560, 200), (320, 420)])
+def test_the_share_inside_is_of_a_picture_that_is_wider_than_high(place):
+    """A window of 328 px that reaches over the right or the lower edge."""
     sheet, _ = sheet_of(1)
-    sheet.add(0, BLACK, DRAWN)
-    seen = transform(invert(sheet.matrices[0]), [[0, 0], [32, 32]])
-    width, height = np.clip(seen[1], 0, [640, 480]) - np.clip(seen[0], 0, [640, 480])
-    assert sheet.scores[0][1] == pytest.approx(width * height / np.prod(seen[1] - seen[0]))
+    points = transform(similarity(0.4, 0, place), face())
+    sheet.searched[0] = box_of(points)
+    sheet.add(0, BLACK, points)
+    low, high = transform(invert(sheet.matrices[0]), [[0, 0], [32, 32]])
+    width, height = np.clip(high, 0, [640, 480]) - np.clip(low, 0, [640, 480])
+    assert sheet.scores[0][1] == pytest.approx(width * height / np.prod(high - low))
+    assert sheet.scores[0][1] < 0.9
 
 
 @pytest.mark.parametrize("gate", ["min_window", "min_inside", "min_frames"])
