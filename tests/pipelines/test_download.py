@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -421,6 +422,18 @@ def test_a_cache_in_an_object_store(site: VideoSite, folder: Path) -> None:
     assert find_cached(site.url("/clip.mp4"), CONFIG, cache) is None
 
 
+def test_a_cached_file_of_other_content_is_not_taken(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:9/v"
+    good = tmp_path / "good.mp4"
+    good.write_bytes(b"good")
+    blob = download.keep_file(good, file_sha256(good), str(tmp_path))
+    record = {"blob": blob, "size": 4, "sha256": file_sha256(good), "source": {}, "probe": {}}
+    storage.write_atomic(record_uri(url, CONFIG, str(tmp_path)), json.dumps(record).encode())
+    assert find_cached(url, CONFIG, str(tmp_path)) == record
+    (tmp_path / blob).write_bytes(b"evil")
+    assert find_cached(url, CONFIG, str(tmp_path)) is None
+
+
 def test_a_file_of_another_size_is_not_taken_from_a_bucket() -> None:
     """Of a file elsewhere nobody reads all to know it."""
     cache, url = "memory://cache-of-sizes", "http://127.0.0.1:9/v"
@@ -737,6 +750,7 @@ def test_a_video_that_alone_is_blocked_is_taken_to_be_its_own_fault(
         ([Cause.DOWNLOAD_BOT_CHECK, *[Cause.DOWNLOAD_NETWORK] * 3], [1], 4),
         ([Cause.DOWNLOAD_RATE_LIMITED, Cause.DOWNLOAD_PRIVATE], [], 2),
         ([Cause.DOWNLOAD_RATE_LIMITED, Cause.DOWNLOAD_SERVER_ERROR, None], [], 3),
+        ([*[Cause.DOWNLOAD_RATE_LIMITED] * 5, None], [], 6),  # nobody else got through meanwhile
     ],
 )
 def test_what_a_probe_met_decides_about_its_address(
@@ -761,6 +775,37 @@ def test_what_a_probe_met_decides_about_its_address(
     manners = manners_towards("mirror.example", CONFIG)
     assert [pause.blocks for pause in town.pauses(town.now, manners)] == pauses
     assert town.client().ask("mirror.example", manners).wait_seconds == 0
+
+
+def test_a_full_disk_is_not_the_videos_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child tells of it as of any trouble."""
+    told = json.dumps({"cause": Cause.DOWNLOAD_OTHER, "detail": f"x: {os.strerror(errno.ENOSPC)}"})
+    child = tmp_path / "python"
+    child.write_text(f"#!/bin/sh\ncat >/dev/null & echo '{told}' > $4/result.json\n")
+    child.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(child))
+    with pytest.raises(OSError, match="No space left") as caught:
+        fetch(video("http://127.0.0.1:9/v"), CONFIG, str(tmp_path))
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_height_or_a_size_at_the_limit_passes() -> None:
+    fetch_process.check_height(1080, 1080)
+    fetch_process.check_size(1000, 1000)
+    for refuse in (
+        lambda: fetch_process.check_height(1079, 1080),
+        lambda: fetch_process.check_size(1001, 1000),
+    ):
+        with pytest.raises(RefusedError, match="wanted"):
+            refuse()
+
+
+def test_a_refused_address_is_told_without_its_secrets(tmp_path: Path) -> None:
+    refused = fetch(video("ftp://alice:hunter2@host/a.mp4?token=SIGNED"), CONFIG, str(tmp_path))
+    assert (refused.cause, refused.url) == (Cause.DOWNLOAD_SCHEME.value, "ftp://host/a.mp4")
+    assert not any(secret in to_json(refused) for secret in SECRETS)
 
 
 def test_a_crash_is_told_without_the_secrets_of_the_address(tmp_path: Path) -> None:
