@@ -250,12 +250,27 @@ def scrub(text: str, *hidden: str) -> str:
     """A tool's own words as they may be stored: no colour codes, no user names or query strings in URLs.
 
     Args:
-        hidden: literal strings to leave out as well: the proxy, the temporary folder.
+        hidden: literal strings to leave out as well: the proxy, the cookies, the temporary folder.
     """
     for secret in hidden:
         if secret:
             text = text.replace(secret, "")
     return QUERY.sub("", USER.sub("//", ANSI.sub("", text))).removeprefix("ERROR: ")
+
+
+def cookie_secrets(path: str) -> list[str]:
+    """What must not be told of a cookie file: its path, and the value at the end of each line. yt-dlp prints lines that it cannot use.
+
+    Args:
+        path: of the file; empty: none. One that cannot be read has no values.
+    """
+    lines: list[str] = []
+    if path:
+        with contextlib.suppress(OSError):
+            lines = Path(path).read_text(errors="replace").splitlines()
+    values = {line.split()[-1] for line in lines if line.strip() and not line.startswith("# ")}
+    # a 0 or a 1 is none, and would take every such digit out of what is told
+    return [path, *(value for value in sorted(values, key=len, reverse=True) if len(value) >= 6)]
 
 
 # ---------------------------------------------------------------------------------------------- the child
@@ -298,8 +313,10 @@ def run_child(request: Request, folder: Path) -> dict[str, Any]:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
         child.stdin.close()
+    hidden = (request.proxy, *cookie_secrets(request.cookies), str(folder))
     if child.returncode:
-        last_words = messages.read_text(errors="replace")[-300:]
+        # without secrets first, then cut: half of one would not be known as one
+        last_words = scrub(messages.read_text(errors="replace")[-20_000:], *hidden)[-300:]
         answer = {
             "cause": Cause.DOWNLOAD_OTHER,
             "detail": f"the download process ended with {child.returncode}: {last_words}",
@@ -309,7 +326,7 @@ def run_child(request: Request, folder: Path) -> dict[str, Any]:
     if "cause" in answer:
         if os.strerror(errno.ENOSPC) in answer["detail"]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        detail = scrub(answer["detail"], request.proxy, str(folder))
+        detail = scrub(answer["detail"], *hidden)
         raise RefusedError(Cause(answer["cause"]), detail)
     return answer
 

@@ -18,10 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import gallery, report, shards, storage
+from pipelines import gallery, replay, report, shards, storage
 from pipelines.output import OutputLock
 from pipelines.preprocess import Tally
-from pipelines.schema import Video
+from pipelines.schema import Video, from_row
 from pipelines.shards import DatasetError
 
 Takedowns = dict[str, dict[str, dict[str, str]]]
@@ -325,6 +325,22 @@ def _covers(row: Mapping[str, Any], takedowns: Mapping[str, Any]) -> bool:
     return shards.is_taken_down(row["identity"], _key(row), takedowns)
 
 
+def _may_cover(key: str, takedowns: Takedowns) -> bool:
+    """Whether a video of this key can be one that was taken down. ``a-b-c`` is of ``a`` or of ``a-b``: its record tells."""
+    ends = (place for place, letter in enumerate(key) if letter == "-")
+    return key in takedowns["videos"] or any(key[:end] in takedowns["identities"] for end in ends)
+
+
+def _row_of(video: Video) -> dict[str, Any]:
+    """What :func:`_rejected` wants to know, as the ledger would tell it."""
+    return {
+        "identity": video.identity,
+        "video": video.video,
+        "split": video.split,
+        "url": video.url or video.path,
+    }
+
+
 def _rejected(row: Mapping[str, Any], takedowns: Takedowns) -> Video:
     """All that is left of a video."""
     video = Video(identity=row["identity"], video=row["video"], split=row["split"], url=row["url"])
@@ -344,14 +360,22 @@ def _marked_rows(output: str, takedowns: Takedowns) -> Iterator[dict[str, Any]]:
 
 
 def _clean_work(output: str, marked: Sequence[Mapping[str, Any]], takedowns: Takedowns) -> None:
-    """Take them out of the work folder, where there is one, and out of reports that were given to MLflow."""
+    """Take them out of the work folder, where there is one, and out of reports that were given to MLflow.
+
+    Also what the ledger does not know yet: a run that was killed may have committed or saved videos of a longer list.
+    """
+    known = {_key(row): row for row in marked}
     left = dict(shards.committed(output))
-    for row in marked:
+    named = [key for key in left if _may_cover(key, takedowns)]
+    for commit in shards.load_commits(output, named):
+        row = known.get(commit.video.key) or _row_of(commit.video)
+        if not _covers(row, takedowns):
+            continue
         video = _rejected(row, takedowns)
-        if video.key in left:
-            shards.commit(video, [], output, {})
-            for extension in ("tar", "failed.json"):
-                storage.remove(shards.part_uri(output, video.key, extension))
+        shards.commit(video, [], output, {})
+        for extension in ("tar", "failed.json"):
+            storage.remove(shards.part_uri(output, video.key, extension))
+    _clean_rows(storage.join(output, shards.WORK, "rows"), takedowns)
     packed = storage.join(output, shards.WORK, "packed")
     for name in storage.names_below(packed):
         record = json.loads(storage.read_bytes(storage.join(packed, name)))
@@ -362,6 +386,16 @@ def _clean_work(output: str, marked: Sequence[Mapping[str, Any]], takedowns: Tak
     for name in storage.names_below(logged):
         if name.endswith(report.PAGE):
             storage.remove(storage.join(logged, name))
+
+
+def _clean_rows(saved: str, takedowns: Takedowns) -> None:
+    """Take them out of the rows that ``--stop-after`` saved."""
+    for name in storage.names_below(saved):
+        stage, _, key = name.removesuffix(".parquet").rpartition("/")
+        if _may_cover(key, takedowns):
+            video, _ = from_row(replay.load_row(storage.join(saved, stage), key))
+            if _covers(_row_of(video), takedowns):
+                storage.remove(storage.join(saved, name))
 
 
 @contextmanager

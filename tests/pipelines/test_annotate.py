@@ -100,7 +100,48 @@ def test_the_frames_mask_is_where_the_window_shows_it(x, y, side, angle):
     assert not mask[outside].any()
 
 
+def test_the_frames_mask_leans_to_no_side():
+    """Its rim may be a pixel too thick, but on all sides: its middle is that of the pixels whose centres show the frame."""
+    draw = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(np.arange(64) + 0.5, np.arange(64) + 0.5), axis=-1)
+    leans = []
+    for side, angle in zip(draw.uniform(280, 400, 30), draw.uniform(-0.6, 0.6, 30), strict=True):
+        matrix = square_matrix((100, 75), side, angle, 64)
+        seen = transform(invert(matrix), grid)
+        inside = ((seen >= 0) & (seen <= [200, 150])).all(axis=-1)
+        leans.append(
+            grid[frame_mask(matrix, (200, 150), 64)].mean(axis=0) - grid[inside].mean(axis=0)
+        )
+    assert np.abs(np.mean(leans, axis=0)).max() < 0.1
+
+
 # -------------------------------------------------------------------------------------------------- the stage
+
+
+def test_the_parser_is_told_which_part_of_a_window_is_no_picture():
+    """Of a video wider than high, from a window that leaves it to the right."""
+    video, members = cropped()
+    video = replace(video, probe=video.probe | {"width": 300, "height": 100})
+    size = CROP["size"]
+    matrix = square_matrix((250, 50), 200, 0.0, size).astype(np.float32)
+    members = [
+        (name, npy_bytes(np.tile(matrix, (3, 1, 1))) if name.endswith("matrix.npy") else data)
+        for name, data in members
+    ]
+    told = []
+
+    class Listening:
+        def parse(self, crops, _, inside):
+            told.extend(inside)
+            return [np.zeros(crop.shape[:2], np.uint8) for crop in crops]
+
+    annotate(video, members, Listening(), CONFIG)
+    assert len(told) == 6
+    for (
+        mask
+    ) in told:  # a half to the left of the picture's right edge, the middle half of the height
+        assert mask.any(axis=0).mean() == pytest.approx(0.75, abs=0.05)
+        assert mask.any(axis=1).mean() == pytest.approx(0.5, abs=0.05)
 
 
 def test_labels_follow_their_frames(parser):

@@ -134,6 +134,109 @@ def test_points_that_are_no_face_are_not_believed(spoil, reason):
 # ------------------------------------------------------------------------------------------------ one frame
 
 
+def sheet_of(count: int, **options) -> tuple[crops.Sheet, Video]:
+    """A sheet of a drawn face in ``count`` frames, none added yet; small windows."""
+    points = transform(similarity(1, 0, (320, 200)), face())
+    box = tuple(box_of(points).tolist())
+    track = Track(
+        name="000",
+        span="a",
+        times=tuple(i / 25 for i in range(count)),
+        indices=tuple(range(count)),
+        boxes=(box,) * count,
+        box_scores=(1.0,) * count,
+    )
+    video = Video(identity="a", video="b", tracks=(track,))
+    config = CropsConfig(**({"size": 32, "min_window": 1.0, "min_inside": 0.0} | options))
+    return crops.Sheet(video, track, config), video
+
+
+BLACK = np.zeros((480, 640, 3), np.uint8)
+DRAWN = transform(similarity(1, 0, (320, 200)), face())
+
+
+@pytest.mark.parametrize("place", [(560, 200), (320, 420)])
+def test_the_share_inside_is_of_a_picture_that_is_wider_than_high(place):
+    """A window of 328 px that reaches over the right or the lower edge."""
+    sheet, _ = sheet_of(1)
+    points = transform(similarity(0.4, 0, place), face())
+    sheet.searched[0] = box_of(points)
+    sheet.add(0, BLACK, points)
+    low, high = transform(invert(sheet.matrices[0]), [[0, 0], [32, 32]])
+    width, height = np.clip(high, 0, [640, 480]) - np.clip(low, 0, [640, 480])
+    assert sheet.scores[0][1] == pytest.approx(width * height / np.prod(high - low))
+    assert sheet.scores[0][1] < 0.9
+
+
+@pytest.mark.parametrize("gate", ["min_window", "min_inside", "min_frames"])
+def test_a_track_at_a_gate_passes_and_just_below_fails(gate):
+    def close(**options):
+        sheet, video = sheet_of(9, **options)
+        for i in range(9):
+            sheet.add(i, BLACK, DRAWN)
+        return sheet.close(video)[0]
+
+    found = close(min_frames=1)
+    exact = {"min_frames": 9} | {
+        name: found.scores[name.removeprefix("min_").replace("window", "window_side")]
+        for name in ("min_window", "min_inside")
+    }
+    more = {
+        "min_frames": 10,
+        "min_window": exact["min_window"] + 0.01,
+        "min_inside": exact["min_inside"] + 0.001,
+    }
+    assert close(**{gate: exact[gate]}).state == "open"
+    assert close(**{gate: more[gate]}).state == "rejected"
+
+
+def test_scores_of_a_track_are_medians():
+    sheet, video = sheet_of(9)
+    for i in range(9):
+        sheet.add(
+            i,
+            BLACK,
+            transform(similarity(1.3 if i < 3 else 1, 0, (0, 0)), DRAWN - 320) + 320
+            if i < 3
+            else DRAWN,
+        )
+    track, members = sheet.close(video)
+    sides = npy_array(dict(members)["a-b-000.scores.npy"])[:, 0]
+    assert track.scores["window_side"] == pytest.approx(sorted(sides)[4], abs=1e-3)
+    assert sides.max() > 1.2 * sides.min()
+
+
+def test_max_bad_is_a_share_of_all_frames():
+    """Of 20 frames 2 are a tenth."""
+    for bad, state in ((2, "open"), (3, "rejected")):
+        sheet, video = sheet_of(20, smooth=True, max_bad=0.1, min_frames=2)
+        for i in range(bad, 20):
+            sheet.look(i, DRAWN)
+        sheet.steady()
+        for i in range(20):
+            sheet.add(i, BLACK, DRAWN)
+        assert sheet.close(video)[0].state == state
+
+
+def test_with_smoothing_windows_follow_the_smoothed_first_pass_and_the_second_pass_decides():
+    sheet, video = sheet_of(12, smooth=True, max_bad=0.5)
+    draw = np.random.default_rng(4)
+    for i in range(12):
+        sheet.look(i, DRAWN + draw.normal(0, 3, (68, 2)))
+    sheet.steady()
+    for i in range(12):
+        sheet.add(i, BLACK, DRAWN * [-1, 1] if i == 5 else DRAWN + draw.normal(0, 3, (68, 2)))
+    guides = [
+        crops.frame_window(sheet.guides[i], sheet.searched[i], sheet.config)
+        for i in range(12)
+        if i != 5
+    ]
+    np.testing.assert_allclose(np.array(sheet.matrices), guides)
+    track, members = sheet.close(video)
+    assert 5 not in track.indices
+    assert len(track.indices) == 11 == len(npy_array(dict(members)["a-b-000.matrix.npy"]))
+
+
 def test_sharpness_falls_with_blur_and_looks_at_the_box_only():
     image = skimage.data.astronaut()
     blurred = cv2.GaussianBlur(image, (0, 0), 2)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import itertools
+import json
 import logging
 import os
 import re
@@ -21,7 +24,7 @@ import pytest
 import yt_dlp
 from packaging.version import Version
 
-from pipelines import fetch_process, storage
+from pipelines import download, fetch_process, storage
 from pipelines.download import (
     BLOCKS,
     OPERATIONAL,
@@ -52,7 +55,7 @@ from pipelines.fetch_process import (
     require_whole,
 )
 from pipelines.limiter import Limiter, Limits, Manners, Outcome, Turn, backoff_seconds
-from pipelines.schema import TRANSIENT, Cause, Video, from_row, to_json, to_row
+from pipelines.schema import TRANSIENT, Cause, Video, from_row, reject, to_json, to_row
 from tests import clips
 from tests.material import REPOSITORY, SHARED, needs_shared
 from tests.site import (
@@ -358,6 +361,28 @@ def test_a_child_that_crashes_is_a_failure_with_its_last_words(
     assert list(scratch.iterdir()) == []
 
 
+def test_the_last_words_of_a_crash_hold_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """yt-dlp prints the lines of a cookie file that it cannot use; what is printed before a crash is the row's detail."""
+    cookies = tmp_path / "my-account.txt"
+    cookies.write_text("# a comment\n127.0.0.1 FALSE / FALSE 0 SID cookievalue\n")
+    crashing = tmp_path / "python"
+    crashing.write_text(
+        f"#!/bin/sh\ncat >/dev/null & cat {cookies}; echo {cookies} http://a:hunter2@h; exit 7\n"
+    )
+    crashing.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(crashing))
+    failed = fetch(
+        video("http://127.0.0.1:9/v"), replace(CONFIG, cookies=str(cookies)), str(tmp_path)
+    )
+    assert (failed.cause, failed.state) == (Cause.DOWNLOAD_OTHER.value, "failed")
+    assert "ended with 7" in failed.detail
+    assert "comment" in failed.detail
+    for secret in ("cookievalue", "hunter2", "my-account", str(tmp_path)):
+        assert secret not in failed.detail
+
+
 # ---------------------------------------------------------------------------------------------- the cache
 
 
@@ -395,6 +420,29 @@ def test_a_cache_in_an_object_store(site: VideoSite, folder: Path) -> None:
     assert site.count() == visits
     storage.write_atomic(fetched.blob, content[:-1])
     assert find_cached(site.url("/clip.mp4"), CONFIG, cache) is None
+
+
+def test_a_cached_file_of_other_content_is_not_taken(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:9/v"
+    good = tmp_path / "good.mp4"
+    good.write_bytes(b"good")
+    blob = download.keep_file(good, file_sha256(good), str(tmp_path))
+    record = {"blob": blob, "size": 4, "sha256": file_sha256(good), "source": {}, "probe": {}}
+    storage.write_atomic(record_uri(url, CONFIG, str(tmp_path)), json.dumps(record).encode())
+    assert find_cached(url, CONFIG, str(tmp_path)) == record
+    (tmp_path / blob).write_bytes(b"evil")
+    assert find_cached(url, CONFIG, str(tmp_path)) is None
+
+
+def test_a_file_of_another_size_is_not_taken_from_a_bucket() -> None:
+    """Of a file elsewhere nobody reads all to know it."""
+    cache, url = "memory://cache-of-sizes", "http://127.0.0.1:9/v"
+    record = {"blob": "ab/abab.mp4", "size": 4, "sha256": "abab", "source": {}, "probe": {}}
+    storage.write_atomic(record_uri(url, CONFIG, cache), json.dumps(record).encode())
+    assert find_cached(url, CONFIG, cache) is None
+    for content, found in ((b"four", record), (b"three", None), (b"two", None)):
+        storage.write_atomic(storage.join(cache, record["blob"]), content)
+        assert find_cached(url, CONFIG, cache) == found
 
 
 def test_a_record_belongs_to_one_url_and_one_format_rule(tmp_path: Path) -> None:
@@ -693,6 +741,82 @@ def test_a_video_that_alone_is_blocked_is_taken_to_be_its_own_fault(
     failed = fetch_politely(wanted, CONFIG, str(tmp_path), town.client(), sleep)
     assert (failed.cause, failed.attempts) == (Cause.DOWNLOAD_BOT_CHECK.value, 1)
     assert town.now == 120
+
+
+@pytest.mark.parametrize(
+    ("answers", "pauses", "tries"),
+    [
+        ([Cause.DOWNLOAD_RATE_LIMITED, RuntimeError("ours")], [1], 2),
+        ([Cause.DOWNLOAD_BOT_CHECK, *[Cause.DOWNLOAD_NETWORK] * 3], [1], 4),
+        ([Cause.DOWNLOAD_RATE_LIMITED, Cause.DOWNLOAD_PRIVATE], [], 2),
+        ([Cause.DOWNLOAD_RATE_LIMITED, Cause.DOWNLOAD_SERVER_ERROR, None], [], 3),
+        ([*[Cause.DOWNLOAD_RATE_LIMITED] * 5, None], [], 6),  # nobody else got through meanwhile
+    ],
+)
+def test_what_a_probe_met_decides_about_its_address(
+    answers: list[Any], pauses: list[int], tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The site's own word opens it, a lost connection or a crash of ours says nothing; either way the next may probe at once."""
+    town, asked = Town(), iter(answers)
+
+    def answer(wanted: Video, _: DownloadConfig, cache: str, await_turn: Any) -> Video:
+        await_turn(wanted.url)
+        met = next(asked)
+        if isinstance(met, Exception):
+            raise met
+        return reject(wanted, met, cache) if met else wanted
+
+    monkeypatch.setattr(download, "fetch", answer)
+    wanted = replace(video("https://mirror.example/v"), attempts=1)
+    with contextlib.suppress(RuntimeError):
+        fetch_politely(wanted, CONFIG, "", town.client(), town.sleep)
+    assert len(town.starts) == tries
+    assert next(asked, "all met") == "all met"
+    manners = manners_towards("mirror.example", CONFIG)
+    assert [pause.blocks for pause in town.pauses(town.now, manners)] == pauses
+    assert town.client().ask("mirror.example", manners).wait_seconds == 0
+
+
+def test_a_full_disk_is_not_the_videos_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child tells of it as of any trouble."""
+    told = json.dumps({"cause": Cause.DOWNLOAD_OTHER, "detail": f"x: {os.strerror(errno.ENOSPC)}"})
+    child = tmp_path / "python"
+    child.write_text(f"#!/bin/sh\ncat >/dev/null & echo '{told}' > $4/result.json\n")
+    child.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(child))
+    with pytest.raises(OSError, match="No space left") as caught:
+        fetch(video("http://127.0.0.1:9/v"), CONFIG, str(tmp_path))
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_height_or_a_size_at_the_limit_passes() -> None:
+    fetch_process.check_height(1080, 1080)
+    fetch_process.check_size(1000, 1000)
+    for refuse in (
+        lambda: fetch_process.check_height(1079, 1080),
+        lambda: fetch_process.check_size(1001, 1000),
+    ):
+        with pytest.raises(RefusedError, match="wanted"):
+            refuse()
+
+
+def test_a_refused_address_is_told_without_its_secrets(tmp_path: Path) -> None:
+    refused = fetch(video("ftp://alice:hunter2@host/a.mp4?token=SIGNED"), CONFIG, str(tmp_path))
+    assert (refused.cause, refused.url) == (Cause.DOWNLOAD_SCHEME.value, "ftp://host/a.mp4")
+    assert not any(secret in to_json(refused) for secret in SECRETS)
+
+
+def test_a_crash_is_told_without_the_secrets_of_the_address(tmp_path: Path) -> None:
+    """Here the cache is a file; the slow test of secrets sees everything else that is written."""
+    (tmp_path / "file").touch()
+    url = "http://alice:hunter2@127.0.0.1:9/clip.mp4?token=SIGNED&v=1"
+    row = Downloader(CONFIG, str(tmp_path / "file"))(to_row(video(url)))
+    crashed, _ = from_row(row)
+    assert crashed.cause == Cause.CRASH.value
+    assert crashed.url == "http://127.0.0.1:9/clip.mp4?v=1"
+    assert not any(secret in row["record"] for secret in SECRETS)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from pipelines.download import DownloadConfig
 from pipelines.forecast import Listing, Offer
 from pipelines.preprocess import PreprocessConfig
 from pipelines.schema import Cause, Span, Video, reject
+from pipelines.tracks import TracksConfig
 from tests import clips
 from tests.runs import empty_store, run_job
 from tests.site import Page, VideoSite, status
@@ -98,6 +99,18 @@ def test_prediction_by_hand() -> None:
     assert told.num_sizes_assumed == 1
 
 
+def test_decoding_costs_by_the_area_of_the_picture() -> None:
+    """A picture of half the lines has a quarter of the pixels."""
+    listing = Listing(num_videos=100, rejected={}, sample=tuple(videos(1)))
+
+    def hours(height: int, used: float) -> float:
+        offer = Offer(key="1", size_bytes=1.0, frames=0, used_seconds=used, height=height)
+        return forecast.predict(listing, [offer], config()).cpu_hours.expected
+
+    whole, half = (hours(height, 50.0) - hours(height, 0.0) for height in (1080, 540))
+    assert half == pytest.approx(whole / 4)
+
+
 def test_what_an_offer_means() -> None:
     (video,) = videos(1)
     told = {"duration": 8.0, "tbr": 1000.0, "height": 720}
@@ -105,6 +118,11 @@ def test_what_an_offer_means() -> None:
     assert (offer.used_seconds, offer.frames) == (6.0, 30)  # from 2 s to the video's end
     assert offer.size_bytes == 1_000_000
     assert not offer.is_size_assumed
+    # kept at the video's rate no track is thinned, but the video's budget holds for all of them
+    native = config(tracks=TracksConfig(frames_per_second=0.0, max_frames_per_video=400))
+    for fps, frames in ((30.0, 300), (60.0, 400)):
+        told = {"duration": 60.0, "fps": fps}
+        assert forecast.describe_offer(video, told, native).frames == frames
     unknown = forecast.describe_offer(video, {}, config())
     assert unknown.is_size_assumed
     assert unknown.frames == 50

@@ -286,6 +286,34 @@ def test_crop_then_paste_back_is_the_identity(side):
     assert not error[outside].any()
 
 
+@pytest.mark.parametrize(("side", "angle"), [(24.0, 0.0), (90.0, 0.4), (150.0, -0.8)])
+def test_paste_back_is_what_mixing_whole_frames_gives(side, angle):
+    """It works on the part that alpha can reach; the whole frame warped says what must come out, wherever alpha ends."""
+    draw = np.random.default_rng(8)
+    frame, window = (draw.integers(0, 256, (n, n, 3), dtype=np.uint8) for n in (160, 64))
+    matrix = square_matrix((83.3, 71.7), side, angle, 64)
+    alpha = np.zeros((64, 64), dtype=np.float32)
+    alpha[20:45, 11:50] = draw.uniform(0.2, 1, (25, 39))
+    cover = alpha[..., None]
+    both = warp(np.dstack([window * cover, cover]), invert(matrix), (160, 160))
+    mixed = frame * (1 - both[..., 3:]) + both[..., :3]
+    expected = np.clip(mixed.round(), 0, 255)
+    pasted = geometry.paste_back(frame, window, matrix, alpha)
+    assert np.abs(pasted - expected).max() <= 1
+
+
+def test_a_tight_box_of_points_and_the_wider_box_reach_higher_than_the_points():
+    """Both are of the forehead, too: dlib's box and WIDER FACE's are centred above the 68 points, and not beside them."""
+    points = face()
+    low, high = points.min(axis=0), points.max(axis=0)
+    tight = geometry.landmark_boxes(points)
+    centre = (tight[:2] + tight[2:]) / 2
+    assert centre[0] == pytest.approx((low[0] + high[0]) / 2)
+    side = tight[2] - tight[0]
+    assert centre[1] == pytest.approx((low[1] + high[1]) / 2 - 0.077 * side)
+    assert geometry.wider_boxes([0, 0, 100, 100]) == pytest.approx([3.5, -21.3, 96.5, 106.7])
+
+
 def test_paste_back_replaces_exactly_what_alpha_says():
     frame = np.full((80, 80, 3), 200, dtype=np.uint8)
     matrix = square_matrix((40, 40), 32, 0.0, 64)

@@ -1,5 +1,6 @@
 """Tracks that drift are cut down, mislabelled videos are found, and no person or video is on two sides of the split."""
 
+import hashlib
 import itertools
 from dataclasses import replace
 
@@ -20,11 +21,13 @@ from pipelines.identities import (
     IdentitiesConfig,
     Twins,
     agreeing,
+    compare_videos,
     decide,
     embed,
     find_twins,
     hash_share,
     mean,
+    same_as_most,
     split_identities,
 )
 from pipelines.schema import (
@@ -286,6 +289,36 @@ def test_few_videos(shown, frames, gone):
     assert set(causes(decisions).values()) <= {Cause.IDENTITY_DISAGREES}
 
 
+def test_a_track_is_compared_with_the_other_videos_and_not_with_its_own():
+    """By hand: 0.75 from two others that are alike. With its own video in the mean it would be 0.90."""
+    anna = np.array([1.0, 0.0, 0.0])
+    apart = np.array([0.75, np.sqrt(1 - 0.75**2), 0.0])
+    tracks = [candidate("anna", "a", anna), candidate("anna", "b", anna)]
+    tracks.append(candidate("anna", "c", apart))
+    cosines, others = compare_videos(tracks, 0.7)
+    alike = float(unit(anna + apart) @ anna)  # a: compared with b and c
+    assert cosines == pytest.approx([alike, alike, 0.75], abs=1e-5)
+    assert others.tolist() == [2, 2, 2]
+
+
+def test_agreeing_at_the_threshold_is_enough_and_below_is_not():
+    vectors = np.array([[1.0, 0.0], [0.6, 0.8]])
+    assert agreeing(vectors, [2, 1], 0.6).tolist() == [True, True]
+    assert agreeing(vectors, [2, 1], 0.600002).tolist() == [True, False]
+    # frames of a track: nine alike, one that is a little less like their mean than it must be
+    others = np.array([[1.0, 0.0]] * 9 + [[0.6, 0.8]])
+    assert same_as_most(others, 0.62)[0].tolist() == [True] * 9 + [False]
+
+
+def test_frames_of_strangers_make_no_video_the_core():
+    """a shows somebody for 40 frames and strangers for 60, b somebody else for 50: b is the larger one."""
+    one, two, *rest = np.eye(5)
+    tracks = [candidate("anna", "a", one, 40), candidate("anna", "b", two, 50)]
+    tracks += [candidate("anna", "a", who, 20, track=i) for i, who in enumerate(rest, 1)]
+    gone = causes(decide(tracks, replace(ARCFACE, split="legacy")))
+    assert set(gone) == {f"anna-a-{i:03d}" for i in range(4)}
+
+
 def test_tracks_of_a_single_video_are_compared_with_each_other():
     people = People("mobilefacenet")
     anna, bert = people.person(), people.person()
@@ -313,9 +346,11 @@ def test_small_identities_go():
     anna, bert, carl = people.person(), people.person(), people.person()
     candidates = [candidate("anna", name, people.seen(anna), 90) for name in "ab"]
     candidates += [candidate("bert", "c", people.seen(bert), 900)]
+    candidates += [candidate("bert", "c", people.seen(bert), 900, track=1)]  # two tracks, one video
     candidates += [candidate("carl", name, people.seen(carl), 70) for name in "de"]
     assert causes(decide(candidates, config)) == {
         "bert-c-000": Cause.IDENTITY_FEW_VIDEOS,
+        "bert-c-001": Cause.IDENTITY_FEW_VIDEOS,
         "carl-d-000": Cause.IDENTITY_FEW_FRAMES,
         "carl-e-000": Cause.IDENTITY_FEW_FRAMES,
     }
@@ -391,6 +426,35 @@ def test_without_official_splits_people_who_share_videos_go_together():
     assert set(sides) == {"train", "test"}
     for first in range(0, 200, 4):
         assert len(set(sides[first : first + 4])) == 1
+
+
+@given(
+    shared=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12),
+    twins=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=3),
+)
+@settings(max_examples=60, deadline=None)
+def test_people_who_hang_together_are_hashed_by_the_first_of_their_names(shared, twins):
+    """Groups by spreading the first name until nothing changes. Who joins a group later in the alphabet moves nobody."""
+    names = [f"id{number}" for number in range(10)]
+    rows = [candidate(name, f"own{name}", ONE) for name in names]
+    rows += [
+        candidate(names[i], f"v{number}", ONE, sources=(f"v{number}",))
+        for number, pair in enumerate(shared)
+        for i in pair
+    ]
+    pairs = [(min(pair), max(pair)) for pair in twins if pair[0] != pair[1]]
+    found = split_identities(
+        rows, 0.5, [Twins(one=names[i], other=names[j], cosine=0.9) for i, j in pairs]
+    )
+    first = dict(zip(range(10), range(10), strict=True))
+    for _ in range(10):
+        for i, j in [*shared, *pairs]:
+            first[i] = first[j] = min(first[i], first[j])
+    share = {
+        name: int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) / 16**16 for name in names
+    }
+    expected = {names[i]: "test" if share[names[first[i]]] < 0.5 else "train" for i in range(10)}
+    assert found == expected
 
 
 def test_one_person_under_two_names_goes_to_one_side():

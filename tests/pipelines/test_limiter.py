@@ -64,6 +64,7 @@ def test_one_block_after_another() -> None:
     assert one.ask(290, FAST) == 0, "it is lost, here is another"
     one.report(291, 2, "unclear", "network", FAST)
     assert one.ask(291, FAST) == 0, "it said nothing, so another goes at once"
+    assert one.ask(291, FAST) == FAST.poll_seconds, "but no more than one"
     one.report(292, 2, "passed", "", FAST)
     assert [one.ask(292, FAST) for _ in range(3)] == [0, 0, 0]
     one.report(293, 2, "blocked", "429", FAST)

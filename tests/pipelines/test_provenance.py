@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from models import bundle
-from pipelines import provenance
+from pipelines import provenance, storage
 from pipelines.output import ConfigError
 from pipelines.video import probe
 from tests import clips
@@ -36,6 +36,15 @@ def test_a_bundle_is_described_by_its_tensors(tmp_path: Path) -> None:
     network = bundle.load(aligner)
     sha256 = bundle.save(network, str(tmp_path / "again"), {}, clips.index_picture(1))
     assert sha256 == first["sha256"]
+
+
+def test_where_a_bundle_is_is_told_without_its_password(tmp_path: Path) -> None:
+    aligner, _ = toy_bundles(tmp_path)
+    uri = "memory://me:hunter2@store/aligner"
+    for path in Path(aligner).iterdir():
+        storage.put_file(path, storage.join(uri, path.name))
+    told = provenance.describe_bundle(uri)
+    assert told == provenance.describe_bundle(aligner) | {"uri": "memory://store/aligner"}
 
 
 def test_why_there_is_no_manifest(monkeypatch: pytest.MonkeyPatch) -> None:

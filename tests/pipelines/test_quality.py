@@ -13,7 +13,7 @@ import skimage.data
 from numpy.typing import NDArray
 
 from pipelines import crops, quality
-from pipelines.geometry import square_matrix, transform
+from pipelines.geometry import square_matrix, transform, warp
 from pipelines.headpose import head_pose
 from pipelines.identities import Candidate
 from pipelines.quality import QualityConfig, Window
@@ -116,6 +116,17 @@ def test_someone_who_speaks_is_kept_and_measured() -> None:
     assert from_json(to_json(video)) == video
 
 
+def test_where_a_face_is_and_how_large() -> None:
+    """A box of 200 x 100 has a mean side of 150. Hashes hold the middle of the points as shares of width and of height."""
+    video, members = clip(talk())
+    flat = tuple((left, top, right, top + 100) for left, top, right, _ in video.tracks[0].boxes)
+    flat_track = replace(video.tracks[0], boxes=flat)
+    (track,) = judged((replace(video, tracks=(flat_track,)), members))[0].tracks
+    assert track.scores["face_px"] == 150
+    middle = face_points(SIZE).mean(axis=0) / 0.32 + [100, 50]
+    assert track.hashes[0][1:3] == pytest.approx((middle / [1280, 720]).tolist(), abs=1e-3)
+
+
 @pytest.mark.parametrize("moved", [0.0, 6.0])
 def test_a_still_picture_is_static_even_when_it_is_panned(moved: float) -> None:
     stills = [noisy(face(), i) for i in range(FRAMES)]
@@ -163,6 +174,32 @@ def test_bad_frames_go(column: str, option: str, cause: Cause) -> None:
     some = [2.0] * 4 + [30.0] * 8
     video, _ = judged(clip(talk(), **{column: some}), **{option: 10.0})
     assert video.cause == Cause.QUALITY_FEW_FRAMES.value
+
+
+def test_a_track_that_lost_nothing_here_may_be_short() -> None:
+    video, _ = judged(clip(talk()[:6]))
+    assert (video.state, video.tracks[0].dropped) == ("open", {})
+
+
+def test_changes_are_seen_at_the_place_in_the_frame_whatever_the_windows() -> None:
+    """One still frame, cut with windows that move, grow and turn: nothing changes. Independent of what the windows show."""
+    frame = cv2.GaussianBlur(
+        np.random.default_rng(5).integers(0, 256, (360, 480), np.uint8), (0, 0), 6
+    )
+    frame = cv2.normalize(frame, frame, 0, 255, cv2.NORM_MINMAX)
+    points = 0.9 * face_points(SIZE).astype(np.float64) + [180, 120]
+    windows = [
+        square_matrix((240 + 7 * i, 180 - 4 * i), 200 + 12 * i, 0.1 * i, SIZE) for i in range(5)
+    ]
+    greys = [np.asarray(warp(frame, window, (SIZE, SIZE)), np.uint8) for window in windows]
+    landmarks = np.stack([transform(window, points) for window in windows])
+    changes = quality.frame_changes(greys, SIZE, landmarks, np.stack(windows))
+    assert changes.max() < 6
+    shifted = np.stack(windows) + np.array([[0, 0, 9], [0, 0, 0]])
+    moved = quality.frame_changes(
+        greys, SIZE, landmarks, np.where(np.arange(5)[:, None, None] % 2, shifted, windows)
+    )
+    assert moved[1:].min() > 2 * changes.max()
 
 
 def test_objections_come_in_order_and_an_unknown_pose_fails() -> None:
@@ -228,6 +265,19 @@ def test_a_copy_is_found_and_the_better_one_stays() -> None:
     assert "id1-b-000" in detail
     assert quality.find_duplicates(everyone[::-1], config) == gone
     assert quality.find_duplicates(everyone, QualityConfig(max_hash_distance=0.0)) == {}
+
+
+def test_a_copy_that_is_gone_displaces_nobody() -> None:
+    """a is a copy of b, and c of a but not of b: with a gone, c is the only one that shows its part."""
+    marks, hashes = some_hashes()
+    few = np.packbits(np.random.default_rng(3).random((2, 24, 256)) < 0.045, axis=2)
+    config = QualityConfig()
+    best = candidate("b", marks, hashes, window_side=900.0)
+    middle = candidate("a", marks, hashes ^ few[0], window_side=800.0)
+    last = candidate("c", marks, hashes ^ few[0] ^ few[1], window_side=700.0)
+    assert quality.copy_distance(best, last) > config.max_hash_distance
+    assert list(quality.find_duplicates([last, middle], config)) == ["id1-c-000"]
+    assert list(quality.find_duplicates([last, middle, best], config)) == ["id1-a-000"]
 
 
 def test_like_windows_in_another_order_or_place_are_no_copy() -> None:

@@ -187,14 +187,15 @@ def test_a_shard_that_is_missing(damaged: Path, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["", "memory://"])
-def test_a_shard_of_another_size(damaged: Path, scheme: str) -> None:
+@pytest.mark.parametrize("more", [-512, 512])
+def test_a_shard_of_another_size(damaged: Path, scheme: str, more: int) -> None:
     shard = a_shard(damaged)
     size = shard.stat().st_size
-    shard.write_bytes(shard.read_bytes()[:-512])
+    os.truncate(shard, size + more)
     target = f"{scheme}{damaged}"
     if scheme:
         copy(str(damaged), target)
-    fails(target, shard.name, f"{size - 512} bytes", f"says {size}")
+    fails(target, shard.name, f"{size + more} bytes", f"says {size}")
 
 
 def test_a_shard_of_another_content_is_found_when_hashes_are_asked_for(damaged: Path) -> None:
@@ -246,6 +247,27 @@ def test_a_shard_that_disappears_while_it_is_read(damaged: Path) -> None:
         shard.unlink()
     with pytest.raises(DatasetError, match=r"\.tar: missing"):
         reader.read([reader.picture(0, 0)])
+
+
+def test_of_too_many_open_shards_the_one_not_used_for_longest_is_closed(
+    dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "OPEN_FILES", 2)
+    reader = Reader(dataset, "train")
+    of = {reader.where(reader.picture(track, 0))[0]: track for track in range(len(reader.keys))}
+    first, second, third = list(of)[:3]
+    for shard in (first, second, first, third):
+        reader.read([reader.picture(of[shard], 0)])
+    assert set(reader._open) == {first, third}
+
+
+def test_half_a_picture_is_not_given_out(damaged: Path) -> None:
+    reader = Reader(str(damaged), "train")
+    piece = reader.picture(0, 0)
+    shard, (offset,), (size,) = reader.where(piece)
+    os.truncate(shard, offset + size // 2)
+    with pytest.raises(DatasetError, match=f"{size // 2} bytes at {offset}, {size} expected"):
+        reader.read([piece])
 
 
 def test_a_shard_that_is_cut_while_it_is_read(damaged: Path) -> None:

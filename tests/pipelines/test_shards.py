@@ -178,6 +178,60 @@ def test_a_lost_shard_is_packed_again(tmp_path: Path) -> None:
     assert hashes(output) == before
 
 
+def test_a_shard_that_was_cut_is_packed_again(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    packed(output, datasets.some_videos())
+    before = hashes(output)
+    with shard_paths(output)[0].open("rb+") as file:
+        file.truncate(5000)
+    packed(output, datasets.some_videos())
+    assert hashes(output) == before
+
+
+def test_killed_between_its_files_a_commit_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its JSON a video is done, so that is written when all that it names is on disk."""
+    output = str(tmp_path)
+    video, members = made_video("id01", "v0")
+    write, written = storage.write_atomic, []
+
+    def write_one(uri: str, data: bytes) -> None:
+        if written:
+            raise KeyboardInterrupt
+        write(uri, data)
+        written.append(uri)
+
+    monkeypatch.setattr(storage, "write_atomic", write_one)
+    with pytest.raises(KeyboardInterrupt):
+        shards.commit(video, members, output, datasets.CROP)
+    monkeypatch.undo()
+    assert written
+    assert list(shards.committed(output)) == []
+    commit_all(output, [(video, members)])
+    whole = str(tmp_path / "whole")
+    commit_all(whole, [(video, members)])
+    for extension in ("tar", "json"):
+        name = shards.part_uri("", "id01-v0", extension)
+        assert Path(output + name).read_bytes() == Path(whole + name).read_bytes()
+
+
+def test_slices_and_snapshots_of_a_part_are_where_tar_has_them(tmp_path: Path) -> None:
+    video, members = made_video("id01", "v0", tracks=4, frames=2)
+    (done,) = commit_all(str(tmp_path), [(video, members)])
+    part = Path(shards.part_uri(str(tmp_path), "id01-v0", "tar"))
+    with tarfile.open(part) as archive:
+        found = {member.name: member for member in archive}
+    assert len(done.slices) == 4
+    starts = [found[f"{key}.json"].offset for key in done.slices]
+    assert [offset for offset, _ in done.slices.values()] == starts
+    ends = [offset + length for offset, length in done.slices.values()]
+    assert ends[:-1] == starts[1:]
+    assert done.snapshots
+    for name, place in done.snapshots.items():
+        assert place == (found[name].offset_data, found[name].size)
+
+
 # --- plan ---------------------------------------------------------------------------------------------------------
 
 samples = st.lists(
@@ -245,6 +299,25 @@ def test_taking_one_person_out_touches_one_shard(drawn: list[tuple[str, int, int
     left = {one.bucket: one.digest for one in after}
     changed = {bucket for bucket in digests if left.get(bucket) != digests[bucket]}
     assert changed == {shards.bucket_of(gone, buckets["train"])}
+
+
+def test_a_plan_is_named_by_all_that_makes_its_shard() -> None:
+    """The same samples in another split or bucket are another shard: its name says both."""
+    ((_, _, item),) = kept_of([("train", 1, 0, 2**19)])
+    plans = [
+        shards.ShardPlan(split=split, bucket=bucket, slices=slices)
+        for split in ("train", "test")
+        for bucket in (0, 1)
+        for slices in ((item,), (replace(item, sha256="01"),), (replace(item, offset=512),))
+    ]
+    assert len({plan.digest for plan in plans}) == len(plans)
+
+
+@pytest.mark.parametrize(("halves", "wanted"), [(1, 1), (3, 2), (7, 4), (9, 4)])
+def test_number_of_shards_is_rounded(halves: int, wanted: int) -> None:
+    """Of half MiB samples and shards of 1 MiB."""
+    kept = kept_of([("train", number, 0, 2**19) for number in range(halves)])
+    assert shards.plan_shards(kept, 1.0, {})[1] == {"train": wanted}
 
 
 def test_number_of_shards_follows_the_wanted_size(tmp_path: Path) -> None:
@@ -429,12 +502,26 @@ def test_samples_that_are_torn_apart_are_refused(tmp_path: Path) -> None:
         [*one[:3], *two, *one[3:]],
         [*one[1:], *two],
         [*one, *one],
+        [*one, *two, *one],
         [*one, ("no dot", b"")],
         [(one[0][0], b"[1, 2]"), *one[1:]],
         [(one[0][0], record.replace(b'"times"', b'"tiems"')), *one[1:]],
     ):
         with pytest.raises(shards.DatasetError, match=r"shard\.tar"):
             shards.read_samples(write_tar(tar, torn))
+
+
+def test_the_json_of_a_sample_keeps_times_to_a_millionth_and_no_strip() -> None:
+    """Times are those of the file's clock (1/90000 s); the strip of the time map is of the video and for the report."""
+    shift = {"delta_seconds": -0.0612, "strip": [{"index": 1}]}
+    video, _ = made_video("id01", "v0", tracks=1, shift=shift)
+    times = tuple((7 + 3003 * i) / 90_000 for i in range(len(video.tracks[0].times)))
+    record = json.loads(
+        shards.sample_json(video, replace(video.tracks[0], times=times), datasets.CROP)
+    )
+    assert record["times"] == pytest.approx(times, abs=1e-6)
+    assert record["shift"] == {"delta_seconds": -0.0612}
+    assert record["fps"] == video.probe["fps"]
 
 
 # --- names --------------------------------------------------------------------------------------------------------
@@ -457,6 +544,13 @@ def test_parts_have_stable_places() -> None:
     assert uri == shards.part_uri("s3://bucket/out/", "id01-v0", "tar")
 
 
+@pytest.mark.parametrize("identity", ["id00017", "anna", "x" * 40])
+def test_an_identity_has_the_shard_that_the_format_says(identity: str) -> None:
+    """docs/formats.md: sha256 of "shard " and the name, its first 8 bytes as a big-endian number, modulo the buckets."""
+    number = int(hashlib.sha256(f"shard {identity}".encode()).hexdigest()[:16], 16)
+    assert [shards.bucket_of(identity, n) for n in (1, 7, 300)] == [number % n for n in (1, 7, 300)]
+
+
 # --- failures and ledger ------------------------------------------------------------------------------------------
 
 
@@ -474,6 +568,7 @@ def test_a_failed_video_is_open_to_another_try(tmp_path: Path) -> None:
     assert dict(shards.committed(output)) == {"id01-v0": "done", "id01-v1": "done"}
     (loaded,) = shards.load_commits(output, ["id01-v0"])
     assert loaded.video.attempts == 2
+    assert {row["attempts"] for row in shards.ledger_rows(loaded, {})} == {2}
     assert len(loaded.slices) == 2
 
 
@@ -516,6 +611,15 @@ def test_a_live_video_without_tracks_has_a_cause(tmp_path: Path) -> None:
     (commit,) = commit_all(str(tmp_path), [made_video("id01", "v0", tracks=0)])
     (row,) = shards.ledger_rows(commit, {})
     assert (row["state"], f"{row['stage']}: {row['cause']}") == ("rejected", Cause.NO_TRACKS)
+
+
+def test_a_video_without_a_sample_has_the_cause_of_most_of_its_tracks(tmp_path: Path) -> None:
+    (commit,) = commit_all(str(tmp_path), [made_video("id01", "v0", tracks=3)])
+    told = [Cause.IDENTITY_DISAGREES, Cause.QUALITY_DUPLICATE, Cause.QUALITY_DUPLICATE]
+    decisions = {f"id01-v0-00{i}": ("train", cause.value, "why") for i, cause in enumerate(told)}
+    own, *tracks = shards.ledger_rows(commit, decisions)
+    assert f"{own['stage']}: {own['cause']}" == Cause.QUALITY_DUPLICATE
+    assert [f"{row['stage']}: {row['cause']}" for row in tracks] == told
 
 
 def test_an_empty_ledger_can_be_read(tmp_path: Path) -> None:

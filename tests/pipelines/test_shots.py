@@ -45,6 +45,13 @@ def test_motion_is_no_cut() -> None:
     assert find(scene(1, 100, shake=2.0)) == []
 
 
+def test_a_small_change_of_colour_is_no_cut() -> None:
+    """Of blue, which is as far from the ends of the circle of hues as red is near them."""
+    hues = [115] * 20 + [125] * 20
+    colours = [np.full((144, 256, 3), (hue, 255, 200), np.uint8) for hue in hues]
+    assert find([cv2.cvtColor(colour, cv2.COLOR_HSV2RGB) for colour in colours]) == []
+
+
 def test_cut_to_a_closer_view() -> None:
     """The same scene 1.4 times as large."""
     wide = scene(1, 60)

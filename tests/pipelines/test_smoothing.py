@@ -12,6 +12,7 @@ from scipy.optimize import lsq_linear
 from models.frozen.detector import load_detector
 from models.frozen.landmarks import load_landmarker
 from pipelines.flow import FaceFlow
+from pipelines.geometry import square_matrix
 from pipelines.smoothing import (
     SMALL_BEND,
     STIFFNESS,
@@ -232,6 +233,46 @@ def test_blinks_are_found_where_eyes_close() -> None:
     # a dip that a gap cuts in two is none
     assert find_blinks(opening[[*range(12), *range(20, 28)]], [*range(12), *range(20, 28)]) == []
     assert np.isnan(blinks_kept(walking(9), walking(9), range(9))[0])
+
+
+@pytest.mark.parametrize("count", range(3, 19))
+def test_backwards_in_time_is_the_same(count: int) -> None:
+    """Nothing lags, whatever the length of a track."""
+    points = shaken(walking(count), 2.0)
+    forth, back = smooth(points, range(count)), smooth(points[::-1], range(count))
+    np.testing.assert_allclose(back[::-1], forth, atol=1e-9)
+
+
+def test_a_dip_by_a_fifth_is_no_blink() -> None:
+    points = walking(30, {12: 0.2, 13: 0.2})
+    opening = eye_opening(points)
+    assert 0.15 < 1 - opening.min() / np.median(opening) < 0.3
+    assert find_blinks(opening, range(30)) == []
+
+
+def test_one_wrong_box_hides_no_jump() -> None:
+    """How far is too far is told by the median of the boxes."""
+    points = walking(30)
+    points[12, 30] += 20
+    sides = np.full(30, 200.0)
+    assert np.flatnonzero(jumps(points, sides, 0.08, range(30))).tolist() == [12]
+    sides[3] = 5000
+    assert np.flatnonzero(jumps(points, sides, 0.08, range(30))).tolist() == [12]
+
+
+def test_windows_are_steadied_alike_whichever_way_up_the_video_is() -> None:
+    """About half a turn the angle jumps from 180 to -180 degrees."""
+    draw = np.random.default_rng(2)
+    path = [(300 + draw.normal(0, 2), 200.0, 100.0, draw.normal(0, 0.05)) for _ in range(40)]
+
+    def steadied(turn: float) -> Floats:
+        made = [square_matrix((x, y), side, angle + turn, 64) for x, y, side, angle in path]
+        return window_parameters(steady_windows(made, range(40), 64), 64)
+
+    level, over = steadied(0.0), steadied(np.pi)
+    np.testing.assert_allclose(over[:, :3], level[:, :3], atol=1e-6)
+    apart = np.exp(1j * (over[:, 3] - level[:, 3]))
+    np.testing.assert_allclose(apart, -1, atol=1e-6)
 
 
 def test_nothing_reaches_over_a_gap() -> None:

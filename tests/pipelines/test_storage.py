@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import threading
 import uuid
 from collections.abc import Callable
@@ -151,6 +154,57 @@ def test_an_interrupted_write_keeps_the_old_content(tmp_path: Path) -> None:
         stop_half_way()
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    "put", [storage.put_file, lambda source, uri: storage.write_atomic(uri, source.read_bytes())]
+)
+def test_a_file_gets_its_name_when_all_of_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put: Callable[[Path, str], None]
+) -> None:
+    """After a loss of power a name must not lead to a hole: what is synced is the whole content, and nobody sees it before."""
+    source, target = tmp_path / "source", tmp_path / "out" / "target"
+    source.write_bytes(bytes(range(256)) * 50)
+    synced = []
+
+    def sync(descriptor: int) -> None:
+        synced.append((os.pread(descriptor, 10**6, 0), target.exists()))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    put(source, str(target))
+    assert synced == [(source.read_bytes(), False)]
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_a_copy_that_breaks_off_keeps_the_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    target.write_bytes(b"old")
+
+    def copy_half(_: Path, to: Path) -> None:
+        to.write_bytes(b"half of the n")
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(shutil, "copyfile", copy_half)
+    with pytest.raises(storage.PlaceError, match="no space left"):
+        storage.put_file(tmp_path / "any", str(target))
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_names_come_sorted_whatever_order_the_disk_has(tmp_path: Path) -> None:
+    names = [
+        f"{folder}/{number}.{end}"
+        for folder in "ba"
+        for number in range(40)
+        for end in ("json", "failed.json")
+    ]
+    for name in names[::-1]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert list(storage.names_by_folder(str(tmp_path))) == sorted(names)
+    assert storage.names_below(str(tmp_path)) == sorted(names)
 
 
 def test_readers_see_old_or_new_but_no_mixture(tmp_path: Path) -> None:

@@ -99,6 +99,9 @@ def test_relation_is_found_and_a_neighbour_is_not() -> None:
         [0.02, 0.08, 0.6, 0.65], abs=0.01
     )
     assert relate(annotated, list(neighbour[:, None])) == Relation()
+    # where a face should be, but no face's shape
+    sliver = np.hstack([corners, corners]) + np.array([95, 50, 105, 170])
+    assert relate(annotated, list(sliver[:, None])) == Relation()
     assert relate(annotated, [np.zeros((0, 5))] * 40) == Relation()
 
 
@@ -160,6 +163,22 @@ def test_confidence_falls_with_motion() -> None:
     ]
     assert confidences == sorted(confidences, reverse=True)
     assert confidences[0] > 0.9 > 0.3 > confidences[2]
+
+
+def test_prior_of_each_rate_is_what_was_measured() -> None:
+    """Medians of ``ffmpeg -i in -r 25``; the slow test below measures them anew."""
+    measured = {
+        23.976: 0.0,
+        24: 0.0,
+        25: 0.0,
+        29.97: -0.06,
+        30: -0.06,
+        48: -0.05,
+        50: -0.06,
+        60: -0.05,
+    }
+    for fps, seconds in measured.items():
+        assert prior_shift(fps) == pytest.approx(seconds, abs=0.01)
 
 
 @pytest.mark.slow

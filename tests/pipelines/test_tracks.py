@@ -21,7 +21,7 @@ from models.frozen.detector import Detector, load_detector
 from pipelines import report, snapshots, tracks
 from pipelines.geometry import iou
 from pipelines.schema import Cause, Span, Track, Video, from_json, from_row, to_json, to_row
-from pipelines.timemap import TRIM_SECONDS
+from pipelines.timemap import SHIFTS, TRIM_SECONDS
 from pipelines.tracks import (
     DETECTOR_FACE_PX,
     Chain,
@@ -34,9 +34,11 @@ from pipelines.tracks import (
     judge,
     link,
     make_tracks,
+    plan_utterances,
     search_region,
     split_sightings,
     spread,
+    watch,
     within_budget,
 )
 from pipelines.video import Decoder, frame_times, probe
@@ -80,6 +82,32 @@ def test_grid_has_no_tick_before_the_first_and_after_the_last_frame() -> None:
     """Or the two last frames would be neighbours."""
     times = np.arange(4, 116) / 30
     assert grid_frames(times, 0, 10, 5).tolist() == list(range(2, 112, 6))
+
+
+def test_a_part_holds_the_frames_at_both_of_its_ends() -> None:
+    times = np.arange(11) / 8
+    for rate in (0, 8):
+        assert grid_frames(times, 0.25, 0.625, rate).tolist() == [2, 3, 4, 5]
+
+
+def test_whatever_the_shift_its_frames_are_searched_where_the_face_then_is() -> None:
+    """The shift is measured after the search, so that nothing searched may depend on it. Two rows go at each end."""
+    rows = np.arange(10, 70)
+    boxes = [(0.02 * k - 0.1, 0.2, 0.02 * k + 0.1, 0.5) for k in rows.tolist()]  # 500 px a second
+    span = Span(name="a", times=tuple((rows / 25).tolist()), boxes=tuple(boxes))
+    times = np.arange(120) / 30
+    everything = config(frames_per_second=0.0)
+    ((utterance,), _) = plan_utterances([span], np.array([0.0, 0, 1000, 500]), times, everything)
+    searched = set(utterance.frames.tolist())
+    for shift in SHIFTS.tolist():
+        expected = [i for i, t in enumerate(times) if 12 / 25 - 1e-6 <= t - shift <= 67 / 25 + 1e-6]
+        assert np.flatnonzero(utterance.used(times, shift)).tolist() == expected
+        assert searched >= set(expected)
+        for i in expected:
+            k = (times[i] - shift) * 25
+            region, _ = utterance.region(times[i])
+            assert region[0] <= 20 * k - 100
+            assert region[2] >= 20 * k + 100
 
 
 def test_budget_goes_first_come_first_served() -> None:
@@ -172,6 +200,9 @@ def test_long_tracks_are_thinned_or_parted() -> None:
     parts = [found.track for found in make_tracks(Span(name="a"), found, [], contiguous)]
     assert [len(track.indices) for track in parts] == [8, 8, 9]
     assert [i for track in parts for i in track.indices] == list(range(25))
+    ended = found + sightings(None, None, start=25, step=1)
+    parts = [found.track for found in make_tracks(Span(name="a"), ended, [], contiguous)]
+    assert sum(sum(track.dropped.values()) for track in parts) == 2
 
 
 def made_track(count: int, **changes: Any) -> Track:
@@ -250,6 +281,8 @@ def test_link_ends_at_cuts_and_long_gaps() -> None:
     assert len(link(still[:3] + empty + still[:4], times, np.zeros(10, int), 0.6)) == 2
     assert len(link(still[:3] + empty[:2] + still[:5], times, np.zeros(10, int), 0.7)) == 1
     assert link([face_rows()] * 10, times, np.zeros(10, int), 0.6) == []
+    beside: Box = (6.0, 0.0, 16.0, 10.0)  # overlaps by a quarter of the union
+    assert len(link([face_rows(HERE), face_rows(beside)], times[:2], np.zeros(2, int), 0.6)) == 2
 
 
 def test_chain_expects_boxes_between_its_neighbours() -> None:
@@ -282,13 +315,15 @@ def test_config_refuses(changes: dict[str, Any]) -> None:
 class SquareDetector:
     """Finds bright green squares of at least :data:`DETECTOR_FACE_PX`."""
 
+    least = DETECTOR_FACE_PX
+
     def detect(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
         green = (image[..., 1] > 140) & (image[..., 0] < 110) & (image[..., 2] < 110)
         count, _, stats, _ = cv2.connectedComponentsWithStats(green.astype(np.uint8))
         rows = [
             (left, top, left + width, top + height, area / (width * height))
             for left, top, width, height, area in stats[1:count]
-            if min(width, height) >= DETECTOR_FACE_PX
+            if min(width, height) >= self.least
         ]
         return np.array(rows, np.float32).reshape(-1, 5)
 
@@ -668,6 +703,45 @@ def test_a_free_span_leaves_out_the_frames_of_an_annotated_one(
     indices = [index for track in video.tracks for index in track.indices]
     assert {track.span for track in video.tracks} == {"00001", "00002"}
     assert len(indices) == len(set(indices))
+
+
+def test_who_is_smaller_than_asked_for_is_no_track(tmp_path: Path, decoder: Decoder) -> None:
+    """Also where the detector finds smaller faces than it promises to."""
+
+    class Sharp(SquareDetector):
+        least = 20
+
+    path = draw(tmp_path / "two.mp4", [lambda _: (80, 90, 40), lambda _: (240, 90, 20)], 45)
+    video = follow(row(path, Span(name="a")), decoder, Sharp(), config(min_face_px=30.0))
+    (track,) = video.tracks
+    assert track.boxes[0][0] < 100
+
+
+def test_an_empty_room_is_given_up_before_its_end(tmp_path: Path, decoder: Decoder) -> None:
+    """A fifth of the frames without a face are enough to know: what is no face takes the detector longest."""
+
+    class Counting(SquareDetector):
+        searched = 0
+
+        def detect(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
+            self.searched += 1
+            return super().detect(image)
+
+    detector = Counting()
+    video = row(draw(tmp_path / "empty.mp4", [], 90), annotate(walk, 2, 70, 0.0))
+    assert follow(video, decoder, detector, config()).cause == Cause.TRACK_NO_FACE.value
+    assert 2 <= detector.searched <= 6
+
+
+def test_a_hole_between_two_searched_parts_is_no_cut(tmp_path: Path, decoder: Decoder) -> None:
+    path = draw(tmp_path / "holed.mp4", [], 60, cut=30)
+    ranges = [(0, 20), (40, 60)]
+    watched = watch(str(path), probe(path), decoder, ranges, [], [])
+    assert list(watched.frames) == []
+    assert watched.cuts == []
+    whole = watch(str(path), probe(path), decoder, [(0, 60)], [], [])
+    assert list(whole.frames) == []
+    assert whole.cuts == [30]
 
 
 def test_a_quiet_free_span_names_no_size(walking: Path, decoder: Decoder) -> None:

@@ -153,6 +153,17 @@ def test_checkpoint_of_another_network_names_the_tensor(tmp_path: Path) -> None:
         )
 
 
+def test_checkpoint_without_a_tensor_names_it(tmp_path: Path) -> None:
+    """Or a part of the network would silently start anew."""
+    training.run(toy_training(tmp_path))
+    content = checkpoints.read(checkpoints.newest(str(tmp_path)))
+    lost = sorted(content["networks"])[0]
+    del content["networks"][lost]
+    learner = ToyLearner(LEARNER, wrap=lambda network: network, device=torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=lost):
+        checkpoints.restore(content, learner)
+
+
 def test_output_in_a_bucket_like_place(tmp_path: Path) -> None:
     """No rename there: the same checkpoints through fsspec's memory filesystem."""
     uri = f"memory://{tmp_path.name}/out"

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipelines import report, shards, storage, upkeep
+from pipelines import gallery, replay, report, shards, storage, upkeep
 from pipelines.output import ConfigError, OutputLock
-from pipelines.schema import Cause, reject
+from pipelines.schema import Cause, reject, to_row
 from tests import datasets
 from tests.datasets import Made, made_video, make_dataset
 
@@ -96,6 +98,22 @@ def test_shards_index_and_page_come_back_byte_for_byte(copy: str) -> None:
     assert hashes(copy) == before
 
 
+def test_an_index_that_another_version_of_parquet_wrote_is_named_anew(copy: str) -> None:
+    """What is read off the shards has the same rows and other bytes: the manifest must say which."""
+    manifest, version = shards.read_manifest(copy), shards.manifest_version(copy)
+    index = Path(copy, shards.INDEX)
+    pq.write_table(pq.read_table(index), index, compression="none")
+    entry = {"file": shards.INDEX, "bytes": index.stat().st_size}
+    entry["sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+    shards.write_manifest({**manifest, "index": entry}, copy, version)
+    rows = shards.read_index(copy)
+    index.unlink()
+    result = upkeep.repair(copy)
+    assert (result.done, result.left) == (["index.parquet: read off the shards"], [])
+    assert shards.read_index(copy) == rows
+    assert shards.verify(copy) == []
+
+
 def test_without_its_parts_a_shard_is_lost_and_named(copy: str) -> None:
     shutil.rmtree(Path(copy, shards.WORK))
     path = shard_of(copy, "id01-v0-000")
@@ -122,6 +140,19 @@ def test_what_cannot_be_repaired_is_said(copy: str) -> None:
     assert "bytes differ from its commit" in line
     Path(copy, shards.LEDGER).unlink()
     assert any("no ledger" in line for line in upkeep.repair(copy).left)
+
+
+def test_parts_of_another_version_repair_nothing(copy: str) -> None:
+    """They would make a sound shard, but not the one that the dataset names."""
+    path = shard_of(copy, "id01-v0-000")
+    path.unlink()
+    datasets.commit_all(copy, [made_video("id01", "v0", frames=4)])
+    (line,) = [line for line in upkeep.repair(copy).left if path.name in line]
+    assert "of another version" in line
+    assert not path.exists()
+    assert {each.name for each in path.parent.iterdir()} < {
+        shard["name"] for shard in shards.read_manifest(copy)["shards"]
+    }
 
 
 # --- takedown -----------------------------------------------------------------------------------------------------
@@ -221,6 +252,12 @@ def test_no_trace_is_left_but_the_names(copy: str) -> None:
     blob = Path(copy, shards.WORK, "downloads", "ab", "abab.mp4")
     blob.parent.mkdir(parents=True)
     blob.write_bytes(b"video")
+    album = gallery.read_album(copy)
+    shown = [
+        {"identity": name, "video": "v0", "name": f"{name}.jpg", "jpeg": b"x"}
+        for name in ("id01", "id02")
+    ]
+    gallery.write_album(copy, pa.Table.from_pylist(shown, schema=album.schema))
     upkeep.take_down(copy, ["id02"], [], REASON)
     assert not logged.exists()
     assert not blob.exists()
@@ -228,6 +265,9 @@ def test_no_trace_is_left_but_the_names(copy: str) -> None:
         if path.is_file():
             assert b"id02-v0-000" not in path.read_bytes(), path
     assert "id02" not in shards.read_index(copy)["identity"].to_pylist()
+    album = gallery.read_album(copy)
+    assert set(album["identity"].to_pylist()) >= {"id01"}
+    assert "id02" not in album["identity"].to_pylist()
     rows = [row for row in shards.read_ledger(copy).to_pylist() if row["identity"] == "id02"]
     assert [(row["kind"], row["key"], row["state"]) for row in rows] == [
         ("video", "id02-v0", "rejected"),
@@ -238,6 +278,26 @@ def test_no_trace_is_left_but_the_names(copy: str) -> None:
         assert not any(row[name] for name in ("video_sha256", "scores", "shift", "source", "bytes"))
     page = Path(copy, report.PAGE).read_text()
     assert "takedown: requested" in page
+
+
+def test_what_was_never_published_of_them_goes_too(copy: str) -> None:
+    """A list that grew: videos that a killed run has committed or saved are in no ledger yet, and would be published next."""
+    new = made_video("id02", "brand-new", frames=2)
+    other = made_video("id02-x", "v0", frames=2)  # a key that begins as one of id02
+    datasets.commit_all(copy, [new, other])
+    saved = [Path(copy, shards.WORK, "rows", stage) for stage in ("identities", "crops-replayed")]
+    for video, members in (new, other):
+        for folder in saved:
+            replay.save_row(to_row(video, members), str(folder))
+    upkeep.take_down(copy, ["id02"], [], REASON)
+    gone, stays = shards.load_commits(copy, ["id02-brand-new", "id02-x-v0"])
+    assert gone.video.cause == Cause.TAKEDOWN
+    assert gone.slices == {}
+    assert stays.slices
+    assert not Path(shards.part_uri(copy, "id02-brand-new", "tar")).exists()
+    assert Path(shards.part_uri(copy, "id02-x-v0", "tar")).exists()
+    for folder in saved:
+        assert [path.name for path in folder.iterdir()] == ["id02-x-v0.parquet"]
 
 
 def test_a_later_run_does_not_bring_them_back(copy: str) -> None:

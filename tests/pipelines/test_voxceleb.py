@@ -20,9 +20,9 @@ from pyarrow import parquet
 
 from jobs import demo
 from pipelines import tables, voxceleb
-from pipelines.listing import SAFE, ListError, SpanError, safe_name, short_hash
+from pipelines.listing import SAFE, ListError, SpanError, safe_name, short_hash, shown
 from pipelines.schema import Cause, from_json, to_json
-from pipelines.voxceleb import parse_utterance, read_list
+from pipelines.voxceleb import parse_utterance, read_list, read_meta
 from tests.material import SHARED, needs_shared
 
 COLUMN_LINE = "FRAME \tX \tY \tW \tH \n"
@@ -114,6 +114,18 @@ def test_voxceleb1_is_pixels_at_height_360():
 def test_layout_of_the_text_does_not_matter(change):
     text = utterance_text(SPEC_ROWS)
     assert parse(change(text)) == parse(text)
+
+
+def test_a_box_of_fractions_may_be_taller_than_the_frame():
+    assert parse(utterance_text("1 0.0 -0.2 0.9 1.5\n2 0.0 -0.2 0.9 1.5\n")).units == "fraction"
+
+
+@pytest.mark.parametrize(
+    "row", ["1 1.0 .1 .2 .2", "1 .1 1.0 .2 .2", "1 -.2 .1 .2 .2", "1 .1 -.2 .2 .2"]
+)
+def test_a_box_that_only_reaches_an_edge_shows_nothing_of_the_frame(row):
+    with pytest.raises(SpanError, match="outside the frame"):
+        parse(utterance_text(row))
 
 
 def test_offset_never_moves_a_frame():
@@ -269,6 +281,33 @@ def test_zip_folder_and_memory_are_one(tmp_path):
     ):
         assert list(read_list(str(uri))) == expected
     fs.rm("/one", recursive=True)
+
+
+def test_people_of_dev_and_test_trees_come_in_one_order(tmp_path):
+    """Publication goes through a list sorted by identity, and VoxCeleb1's test people lie between those of dev."""
+    files = simple_tree(5, 1, 1)
+    for number, key in enumerate(sorted(files)):
+        write_tree(tmp_path / "vox" / ("dev", "test")[number % 2], {key: files[key]})
+    make_zip(tmp_path / "vox", tmp_path / "vox.zip")
+    for uri in (tmp_path / "vox", tmp_path / "vox.zip"):
+        found = [video.identity for video in read_list(str(uri), "voxceleb2")]
+        assert found == [f"id{number:05d}" for number in range(5)]
+
+
+def test_a_person_on_two_lines_of_the_meta_must_be_the_same():
+    lines = "VoxCeleb2 ID ,VGGFace2 ID ,Gender ,Set \nid1 ,n1 ,m ,dev \nid1 ,n1 ,m ,{} \n"
+    assert read_meta(lines.format("dev").encode(), "meta") == {"id1": ("train", "m")}
+    with pytest.raises(ListError, match="line 3: id1 is listed twice"):
+        read_meta(lines.format("test").encode(), "meta")
+
+
+def test_names_made_of_anything_are_safe_and_no_list_is_told_with_its_password():
+    made = {short_hash(f"text {number}") for number in range(500)}
+    assert len(made) == 500
+    assert all(SAFE.fullmatch(name) and not name.startswith("-") for name in made)
+    for uri in ("s3://key:hunter2@bucket/list.zip", "https://me:hunter2@host/a.csv?sig=hunter2"):
+        assert "hunter2" not in shown(uri)
+        assert "://" in shown(uri)
 
 
 def test_dev_and_test_trees_are_joined_and_meta_beside_a_zip_counts(tmp_path):
