@@ -61,7 +61,9 @@ def job() -> None:
         run=runtime.location("run", config.run) if config.run else "",
     )
     lineage = dataset_of(config.aligner)
-    require_same_recipe(config.output, flatten(recipe(config)))
+    require_same_recipe(
+        config.output, flatten(recipe(config)), job="finetune", known=flatten(asdict(config))
+    )
     with OutputLock(config.output):
         flat = runtime.record(config, config.output, "finetune")
         code = runtime.code_version()

@@ -19,6 +19,7 @@ if not __package__:
     import script_path  # noqa: F401
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -33,7 +34,7 @@ from pipelines.annotate import AnnotateConfig
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig, manners_towards
 from pipelines.forecast import Forecast, Range
-from pipelines.identities import IdentitiesConfig
+from pipelines.identities import IdentitiesConfig, advise_test_share
 from pipelines.limiter import find_pauses
 from pipelines.listing import shown
 from pipelines.output import NothingUsableError, OutputLock
@@ -123,7 +124,7 @@ def make(config: PreprocessConfig) -> None:
     """Check everything, lock the output, record, and make the dataset or the rows of one stage."""
     memory.hold_little()
     preprocess.check(config)
-    videos = preprocess.open_list(config)
+    videos = tell_of_split(config, preprocess.open_list(config))
     with OutputLock(config.output):
         flat = runtime.record(config, config.output)
         if config.stop_after:
@@ -131,6 +132,22 @@ def make(config: PreprocessConfig) -> None:
             return
         outcome, places = publish(config, videos, flat)
     summarise(config, outcome, places)
+
+
+def tell_of_split(config: PreprocessConfig, videos: Iterator[Video]) -> Iterator[Video]:
+    """The same videos; warns before any work when all people of a short list would be on one side of the split."""
+    first = list(itertools.islice(videos, preprocess.VIDEOS_AT_ONCE))
+    if len(first) < preprocess.VIDEOS_AT_ONCE and not any(video.split for video in first):
+        share = config.identities.test_share
+        names = {video.identity for video in first if video.state != "rejected"}
+        advised = advise_test_share(names, share)
+        if advised is not None:
+            runtime.console.print(
+                f"warning: all {len(names)} people fall on one side of the split (by hash of their names, "
+                f"--identities.test-share {share:g}). Trainings evaluate on split test, and jobs/evaluate.py scores it: "
+                f"--identities.test-share {advised:g} splits these people; a dataset's split cannot be changed afterwards"
+            )
+    return itertools.chain(first, videos)
 
 
 def publish(
@@ -389,6 +406,11 @@ def summarise(config: PreprocessConfig, outcome: Outcome, places: list[str]) -> 
         say(
             f"{outcome.retryable} failed for reasons that may pass; the same command tries them again "
             f"(the work folder stays until then: {storage.join(config.output, 'work')})"
+        )
+    if "test" not in manifest["splits"]:
+        say(
+            "nobody is in split test: trainings want --held-out.split train, which scores people they were trained on; "
+            "a new --output with a larger --identities.test-share has somebody to test on"
         )
     say(f"dataset  {config.output}")
     say(f"report   {storage.join(config.output, report.PAGE)}")

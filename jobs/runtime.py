@@ -256,12 +256,11 @@ def train(
         config.cluster.require_divides(config.samples.batch_size, config.learner.accumulate)
     except ValueError as error:
         usage(str(error))
+    flat = flatten(public(dataclasses.asdict(config)))
     recipe = {
-        field: value
-        for field, value in flatten(public(dataclasses.asdict(config))).items()
-        if not field.startswith(training.OPERATIONAL)
+        field: value for field, value in flat.items() if not field.startswith(training.OPERATIONAL)
     }
-    require_same_recipe(config.output, recipe)
+    require_same_recipe(config.output, recipe, job=f"train_{name}", known=flat)
     with OutputLock(config.output):
         told = prepare_training(name, config)
         work = training.Training(

@@ -71,6 +71,10 @@ OPERATIONAL = (
 )
 """Fields that change how a run goes but not what it makes; neither does any ``resources``."""
 
+YOUNGER = {"annotate.pupils": "none"}
+"""Fields that outputs of earlier versions lack in their config.json, with the value that makes what those versions made. Only
+fields that have such a value belong here: an output that lacks another field is refused."""
+
 VIDEOS_AT_ONCE = 500
 """Videos of the list that the driver holds as objects."""
 
@@ -168,10 +172,15 @@ class PreprocessConfig:
         )
 
     @property
+    def flat(self) -> dict[str, Any]:
+        """All fields (``download.min_height``), without secrets."""
+        return flatten(download.public(dataclasses.asdict(self)))
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """The part of the configuration that decides what the dataset contains, flat."""
         flat = {}
-        for name, value in flatten(download.public(dataclasses.asdict(self))).items():
+        for name, value in self.flat.items():
             operational = name in OPERATIONAL or ".resources." in name
             if not operational and name not in download.OPERATIONAL:
                 flat[name] = value
@@ -274,7 +283,9 @@ def check(config: PreprocessConfig) -> None:
         ConfigError: the output holds something else, or a dataset of another recipe.
         models.frozen.weights.WeightsError: a network's file is missing or damaged.
     """
-    require_same_recipe(config.output, config.recipe)
+    require_same_recipe(
+        config.output, config.recipe, job="preprocess", known=config.flat, neutral=YOUNGER
+    )
     check_weights(config)
 
 
