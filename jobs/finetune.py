@@ -16,6 +16,7 @@ from __future__ import annotations
 if not __package__:
     import script_path  # noqa: F401
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -121,7 +122,10 @@ def summarise(config: FinetuneConfig, tuned: Tuned) -> None:
         say(f"{step:>6} steps: identity similarity {scores['csim']:.3f}  {uri}")
     say(f"bundle   {storage.join(config.output, 'bundle')}")
     say(f"config   {storage.join(config.output, CONFIG)}")
-    say("next     python jobs/swap.py --aligner that bundle, no --source needed")
+    place = shlex.quote(storage.join(config.output, "bundle"))
+    say(
+        f"use it   python jobs/swap.py --aligner {place} --blender BUNDLE --target VIDEO --output VIDEO (without --source)"
+    )
 
 
 if __name__ == "__main__":

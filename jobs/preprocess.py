@@ -20,6 +20,7 @@ if not __package__:
 
 import hashlib
 import itertools
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -334,7 +335,7 @@ def save_rows(config: PreprocessConfig, videos: Iterator[Video]) -> None:
     say = runtime.console.print
     say(progress.line())
     say(f"rows     {folder}")
-    say(f"next     the same command with --replay {replay.stage_after(config)} for --stop-after")
+    say(f"next     {runtime.again('replay', replay.stage_after(config), without='stop-after')}")
 
 
 def show_replay(config: PreprocessConfig) -> None:
@@ -416,7 +417,7 @@ def summarise(config: PreprocessConfig, outcome: Outcome, places: list[str]) -> 
     say(f"report   {storage.join(config.output, report.PAGE)}")
     for place in places:
         say(f"mlflow   {place}")
-    say(f"next     python jobs/dataset.py verify --dataset {config.output}")
+    say(f"next     python jobs/dataset.py verify --dataset {shlex.quote(config.output)}")
 
 
 def _pair(counts: dict[str, Any], total: str) -> tuple[str, str]:

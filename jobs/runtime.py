@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import socket
 import subprocess
 import sys
@@ -77,6 +78,27 @@ def parse(presets: Mapping[str, Config], description: str) -> Config:
         return tyro.cli(type(default), default=default, args=arguments, description=told)
     except ValueError as error:  # a check in __post_init__, which names the field and the value
         usage(str(error))
+
+
+def again(flag: str, value: object, without: str = "") -> str:
+    """The command line of this process as it can be typed again, with another value of one flag.
+
+    Args:
+        flag: its name, without dashes.
+        value: its new value.
+        without: a flag that is left out.
+    """
+    kept: list[str] = []
+    is_value = False
+    for word in sys.argv:
+        name, equals, _ = word.partition("=")
+        if name.replace("_", "-") in (f"--{flag}", f"--{without}"):
+            is_value = not equals
+        elif is_value:
+            is_value = False
+        else:
+            kept.append(public_url(word) if "://" in word else word)
+    return f"python {shlex.join([*kept, f'--{flag}', str(value)])}"
 
 
 def location(flag: str, uri: str) -> str:
@@ -394,7 +416,8 @@ def summarise_training(
     )
     for name, value in sorted(progress["values"].items()):
         if name.startswith(("loss/", "eval/")):
-            say(f"  {name:<36}{value:.5g}")
+            unit = " dB" if "psnr" in name else ""
+            say(f"  {name:<36}{value:.5g}{unit}")
     for remark in remarks:
         say(f"  {remark}")
     bundle = storage.join(work.output, journal.BUNDLE)
@@ -404,9 +427,8 @@ def summarise_training(
         say(f"mlflow   {work.store.show}")
     if waiting:
         say(f"{waiting} records wait for MLflow; the same command sends them when it is back")
-    say(
-        f"next     the same command with --training.samples {2 * work.config.samples} goes on from here"
-    )
+    more = again("training.samples", 2 * work.config.samples)
+    say(f"next     {more}  (goes on from here)")
 
 
 def fetch_bundle(uri: str, output: str, name: str) -> str:

@@ -45,3 +45,12 @@ def test_cluster_that_does_not_answer_is_usage(capsys: pytest.CaptureFixture[str
     assert ended.value.code == runtime.USAGE
     assert "RAY_ADDRESS=127.0.0.1:1" in capsys.readouterr().err
     runtime.require_answer("auto")
+
+
+def test_command_to_type_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ["jobs/x.py", "small", "--output", "my runs", "--stop_after=crops", "--training.samples", "8"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", [*line, "--dataset", "s3://me:hush7@bucket/x"])
+    told = runtime.again("training.samples", 16, without="stop-after")
+    assert told == (
+        "python jobs/x.py small --output 'my runs' --dataset s3://bucket/x --training.samples 16"
+    )
