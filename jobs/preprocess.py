@@ -38,7 +38,7 @@ from pipelines.forecast import Forecast, Range
 from pipelines.identities import IdentitiesConfig, advise_test_share
 from pipelines.limiter import find_pauses
 from pipelines.listing import shown
-from pipelines.output import NothingUsableError, OutputLock
+from pipelines.output import ConfigError, NothingUsableError, OutputLock
 from pipelines.preprocess import Outcome, PreprocessConfig
 from pipelines.progress import Progress
 from pipelines.quality import QualityConfig
@@ -97,9 +97,29 @@ def connect(config: PreprocessConfig) -> PreprocessConfig:
     if cores := runtime.own_cores():
         config = preprocess.on_one_machine(config, cores)
     runtime.connect(config.minimum_cpus)
-    if not cores and not nodes.may_grow():
-        config = preprocess.on_fixed_cluster(config, nodes.rooms())
+    if not nodes.may_grow():
+        require_gpus(config, nodes.gpus())
+        if not cores:
+            config = preprocess.on_fixed_cluster(config, nodes.rooms())
     return config
+
+
+def require_gpus(config: PreprocessConfig, there: float) -> None:
+    """Raises :class:`ConfigError` when stages ask for more GPUs than will ever be there: Ray would wait for them without end."""
+    wanted = {
+        name: max(pool.min_actors, pool.first_actors, 1) * pool.num_gpus
+        for name in preprocess.SHARES
+        if (pool := getattr(config, name).resources).num_gpus
+    }
+    if sum(wanted.values()) > there:
+        flags = ", ".join(
+            f"--{name}.resources.num-gpus {getattr(config, name).resources.num_gpus:g}"
+            for name in wanted
+        )
+        raise ConfigError(
+            f"{flags}: needs {sum(wanted.values()):g} GPUs, and Ray finds {there:g} here and no way to more; give 0 to run on "
+            "CPUs, or a smaller share"
+        )
 
 
 def job() -> None:
@@ -162,7 +182,10 @@ def publish(
     store = tracking.find_store(config.output, runtime.submitted())
     place = shown(config.output)
     tags = tracking.run_tags(
-        run_name(place), "jobs/preprocess.py", runtime.code_version()["commit"], dataset=place
+        runtime.run_name(place),
+        "jobs/preprocess.py",
+        runtime.code_version()["commit"],
+        dataset=place,
     )
     manners = manners_towards("", config.download)
     with tracking.open_run(store, "headray-preprocess", flat, tags) as run:
@@ -193,11 +216,6 @@ def publish(
 def dataset_name(uri: str) -> str:
     """The last part of a URI: what a dataset or a list is called in MLflow."""
     return uri.rstrip("/").rpartition("/")[2] or uri
-
-
-def run_name(uri: str) -> str:
-    """The last two parts of a URI: folders are often called ``dataset``."""
-    return "/".join(uri.rstrip("/").split("/")[-2:])
 
 
 def log_lineage(run: tracking.Run, config: PreprocessConfig, manifest: Mapping[str, Any]) -> None:
@@ -239,7 +257,7 @@ def note(config: PreprocessConfig, outcome: Outcome) -> str:
     counts = manifest["counts"]
     size = sum(shard["bytes"] for shard in manifest["shards"])
     lines = [
-        f"**{run_name(shown(config.output))}, version {manifest['dataset_version']}**: "
+        f"**{runtime.run_name(shown(config.output))}, version {manifest['dataset_version']}**: "
         f"{counts['frames']['published']:,} frames of {counts['identities']['published']:,} people in "
         f"{len(manifest['shards'])} shards, {size / 2**20:,.1f} MiB, made in {outcome.seconds:,.0f} s. "
         "The report with pictures and reasons is in *Artifacts*, `report/index.html`; how it went over time in "

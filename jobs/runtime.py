@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -51,6 +52,18 @@ USER_ERRORS = (
     TrackingError,
     WeightsError,
 )
+
+PLACE_ERRORS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+"""What an operating system says of a place that a user named and that does not do."""
 
 Config = TypeVar("Config")
 console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -130,12 +143,21 @@ def main(job: Callable[[], None]) -> None:
     except NothingUsableError as error:
         Console(stderr=True, soft_wrap=True, markup=False).print(f"nothing usable: {error}")
         raise SystemExit(NOTHING) from None
+    except OSError as error:
+        if error.errno not in PLACE_ERRORS or not error.filename:
+            raise_fault()
+        usage(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command continues from here")
         raise SystemExit(130) from None
     except Exception:
-        traceback.print_exc()
-        raise SystemExit(FAULT) from None
+        raise_fault()
+
+
+def raise_fault() -> NoReturn:
+    """The stack of the exception that is being handled, and exit code 1: our fault."""
+    traceback.print_exc()
+    raise SystemExit(FAULT) from None
 
 
 def record(config: Any, output: str, job: str = "preprocess") -> dict[str, Any]:
@@ -429,6 +451,42 @@ def summarise_training(
         say(f"{waiting} records wait for MLflow; the same command sends them when it is back")
     more = again("training.samples", 2 * work.config.samples)
     say(f"next     {more}  (goes on from here)")
+
+
+def log_made(
+    store: tracking.Store,
+    job: str,
+    config: Any,
+    code: Mapping[str, Any],
+    numbers: Mapping[str, float],
+) -> str:
+    """Record in MLflow what a job has made. The work is done by then: a store that is gone is told of and no failure.
+
+    Args:
+        store: that :func:`pipelines.tracking.require` passed before the work.
+        job: its name.
+        config: of the job, a dataclass.
+        code: of :func:`code_version`.
+        numbers: metrics.
+
+    Returns:
+        what to say after ``mlflow``.
+    """
+    told = dataclasses.asdict(config)
+    name, commit = run_name(public_url(config.output)), code["commit"]
+    tags = tracking.run_tags(name, f"jobs/{job}.py", commit, git_commit=commit) | {"job": job}
+    try:
+        with tracking.open_run(store, f"headray-{job}", flatten(public(told)), tags) as run:
+            run.metrics(numbers)
+            run.record({"config": told, "code": code}, "config.json")
+    except TrackingError as error:
+        return f"not recorded: {error}"
+    return store.show
+
+
+def run_name(uri: str) -> str:
+    """The last two parts of a URI: folders are often called ``dataset``."""
+    return "/".join(uri.rstrip("/").split("/")[-2:])
 
 
 def fetch_bundle(uri: str, output: str, name: str) -> str:

@@ -54,3 +54,18 @@ def test_command_to_type_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == (
         "python jobs/x.py small --output 'my runs' --dataset s3://bucket/x --training.samples 16"
     )
+
+
+def test_places_that_do_not_do_are_one_line_and_our_bugs_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        runtime.main((tmp_path / "file" / "below").mkdir)
+    assert ended.value.code == runtime.USAGE
+    told = capsys.readouterr().err
+    assert told == f"error: {tmp_path}/file/below: Not a directory\n"
+    with pytest.raises(SystemExit) as ended:
+        runtime.main((tmp_path / "not" / "there").mkdir)
+    assert ended.value.code == runtime.FAULT
+    assert "Traceback" in capsys.readouterr().err
