@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shlex
 import socket
 import subprocess
@@ -240,10 +239,6 @@ def connect(minimum_cpus: float) -> None:
         filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     )
     address = os.environ.get("RAY_ADDRESS", "local")
-    if address == "local" and "RAY_AUTH_MODE" not in os.environ:
-        # A token of this run only: other users of the machine cannot drive our workers, and nothing is written to ~/.ray.
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
     if submitted():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from jobs import runtime
 from pipelines.download import DownloadConfig
 from pipelines.preprocess import PreprocessConfig
+from tests.material import REPOSITORY
 
 
 def test_nothing_secret_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,3 +73,21 @@ def test_places_that_do_not_do_are_one_line_and_our_bugs_are_not(
         runtime.main((tmp_path / "not" / "there").mkdir)
     assert ended.value.code == runtime.FAULT
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_private_ray_is_shown_its_token_by_jobs_that_import_ray_first() -> None:
+    """Trainings import Ray at their top; what they connect to asks for the token of jobs/__init__.py."""
+    code = (
+        "from jobs import train_motion, runtime; import ray; runtime.connect(1);"
+        "print(ray.get(ray.remote(lambda: 'answered').remote()))"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")
+    }
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=REPOSITORY, capture_output=True,
+        text=True, timeout=600,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.strip().endswith("answered")
