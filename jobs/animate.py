@@ -2,7 +2,7 @@
 """A picture of a face, moved as a driving video's face moves → a video with that video's rate and sound.
 
     python jobs/animate.py --motion bundles/motion --source me.jpg --driving clip.mp4 --output animated.mp4
-    python jobs/animate.py --motion models:/motion@best --source me.jpg --driving points.npy --fps 30 --output out.mp4
+    python jobs/animate.py --motion models:/headray-motion@candidate --source me.jpg --driving points.npy --fps 30 --output out.mp4
 
 Runs on a GPU if there is one. Frames whose face is lost show the one before; OUTPUT.json tells of every frame.
 

@@ -2,7 +2,7 @@
 """Pictures of one person + a trained Aligner → that person's own Aligner, for jobs/swap.py (the paper's ft600).
 
     python jobs/finetune.py --aligner bundles/aligner --source me1.jpg me2.jpg --output runs/me
-    python jobs/finetune.py --aligner models:/headray-aligner@best --source me.mp4 --output runs/me --run runs/aligner
+    python jobs/finetune.py --aligner models:/headray-aligner@candidate --source me.mp4 --output runs/me --run runs/aligner
     python jobs/swap.py --aligner runs/me/bundle --blender bundles/blender --target clip.mp4 --output swapped.mp4
 
 Six hundred steps, minutes on a GPU. Bundles of 0, 125 and 230 steps are kept, too: the fewer the pictures, the earlier the

@@ -442,6 +442,7 @@ def summarise_training(
     say(f"preview  {storage.join(bundle, 'preview.png')}")
     if work.store:
         say(f"mlflow   {work.store.show}")
+        say(f"registry models:/{work.model_name}@{tracking.CANDIDATE}")
     if waiting:
         say(f"{waiting} records wait for MLflow; the same command sends them when it is back")
     more = again("training.samples", 2 * work.config.samples)

@@ -2,7 +2,7 @@
 """Pictures of a person + a video → the video with that person's head, with its rate, size and sound.
 
     python jobs/swap.py --aligner bundles/aligner --blender bundles/blender --source me1.jpg me2.jpg --target clip.mp4 --output swapped.mp4
-    python jobs/swap.py --aligner models:/headray-aligner@best --blender bundles/blender --source me.mp4 --target clip.mp4 --output swapped.mp4 --preview
+    python jobs/swap.py --aligner models:/headray-aligner@candidate --blender bundles/blender --source me.mp4 --target clip.mp4 --output swapped.mp4 --preview
     python jobs/swap.py --aligner runs/me/bundle --blender bundles/blender --target a.mp4 b.mp4 --output swapped/ --workers 4
 
 Runs on a GPU if there is one. Frames without the face stay as they are; OUTPUT.json tells of every frame. The file says that it

@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "tracking"
 """Of an output: ``begin.json`` describes the run, ``run.json`` says how far it is sent, ``pending/`` is what is not."""
+CANDIDATE = "candidate"
+"""Alias of the newest version of a registered model."""
 PARAMETER_LIMIT = 6000
 """MLflow's longest parameter value, characters."""
 NOTE_LIMIT = 8000
@@ -652,7 +654,7 @@ class Tracker:
         version = client.create_model_version(
             name, source, run_id=self._run_id, tags={"sha256": record["sha256"]}
         )
-        client.set_registered_model_alias(name, "candidate", version.version)
+        client.set_registered_model_alias(name, CANDIDATE, version.version)
 
 
 @dataclass(frozen=True, kw_only=True)
