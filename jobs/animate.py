@@ -2,7 +2,7 @@
 """A picture of a face, moved as a driving video's face moves → a video with that video's rate and sound.
 
     python jobs/animate.py --motion bundles/motion --source me.jpg --driving clip.mp4 --output animated.mp4
-    python jobs/animate.py --motion models:/motion@best --source me.jpg --driving points.npy --fps 30 --output out.mp4
+    python jobs/animate.py --motion models:/headray-motion@candidate --source me.jpg --driving points.npy --fps 30 --output out.mp4
 
 Runs on a GPU if there is one. Frames whose face is lost show the one before; OUTPUT.json tells of every frame.
 
@@ -46,13 +46,15 @@ def job() -> None:
     say("configuration")
     say("  " + " ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
     store = tracking.find_store(config.output.rpartition("/")[0], runtime.submitted())
-    version = runtime.code_version()
-    tags = {"git_commit": version["commit"], "job": "animate"}
+    code = runtime.code_version()
+    tracking.require(store)
     made = animate(config, say)
-    with tracking.open_run(store, "headray-animate", asdict(config), tags) as run:
-        numbers = {"frames": made.frames, "held": made.held, "took_seconds": made.took_seconds}
-        run.metrics({name: float(value) for name, value in numbers.items()})
-        run.record({"config": asdict(config), "code": version}, "config.json")
+    numbers = {
+        "frames": float(made.frames),
+        "held": float(made.held),
+        "took_seconds": made.took_seconds,
+    }
+    recorded = runtime.log_made(store, "animate", config, code, numbers)
     rate = made.frames / made.took_seconds
     say(
         f"{made.frames} frames ({made.seconds:.1f} s) in {made.took_seconds:.1f} s, {rate:.1f} a second"
@@ -61,7 +63,7 @@ def job() -> None:
         say(f"  held: {count} frames, {cause}")
     say(f"video    {config.output}")
     say(f"frames   {config.output}.json")
-    say(f"mlflow   {store.show}")
+    say(f"mlflow   {recorded}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ if not __package__:
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -153,7 +154,7 @@ def job() -> None:
     storage.write_atomic(output, json.dumps(content, indent=1).encode())
     runtime.console.print(f"weights  {output}, of {content['targets']} pictures")
     runtime.console.print(
-        f"next     python jobs/{name}.py ... --dataset {dataset} --calibration {output}"
+        f"use it   python jobs/{name}.py PRESET --dataset {shlex.quote(dataset)} --calibration {shlex.quote(output)} --output RUN"
     )
 
 

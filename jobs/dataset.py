@@ -15,6 +15,7 @@ if not __package__:
     import script_path  # noqa: F401
 
 import json
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,7 +270,9 @@ def verify(output: str) -> None:
     for problem in problems:
         runtime.console.print(plain(problem))
     if problems:
-        runtime.console.print(plain(f"next     python jobs/dataset.py repair --dataset {output}"))
+        runtime.console.print(
+            plain(f"next     python jobs/dataset.py repair --dataset {shlex.quote(output)}")
+        )
         raise SystemExit(runtime.NOTHING)
     manifest = shards.read_manifest(output)
     size = sum(shard["bytes"] for shard in manifest["shards"])

@@ -83,7 +83,7 @@ def job() -> None:
     try:
         told = json.loads(storage.read_bytes(storage.join(run, CONFIG)))
         learner = LEARNERS[told["job"]](told["config"])
-    except (FileNotFoundError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         runtime.usage(f"--run {run}: not the output of a training ({', '.join(LEARNERS)})")
     left = [checkpoints.samples_of(name) for name in checkpoints.listed(run)]
     samples = config.samples or max(left, default=0)

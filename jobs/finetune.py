@@ -2,7 +2,7 @@
 """Pictures of one person + a trained Aligner → that person's own Aligner, for jobs/swap.py (the paper's ft600).
 
     python jobs/finetune.py --aligner bundles/aligner --source me1.jpg me2.jpg --output runs/me
-    python jobs/finetune.py --aligner models:/headray-aligner@best --source me.mp4 --output runs/me --run runs/aligner
+    python jobs/finetune.py --aligner models:/headray-aligner@candidate --source me.mp4 --output runs/me --run runs/aligner
     python jobs/swap.py --aligner runs/me/bundle --blender bundles/blender --target clip.mp4 --output swapped.mp4
 
 Six hundred steps, minutes on a GPU. Bundles of 0, 125 and 230 steps are kept, too: the fewer the pictures, the earlier the
@@ -16,6 +16,7 @@ from __future__ import annotations
 if not __package__:
     import script_path  # noqa: F401
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -61,7 +62,9 @@ def job() -> None:
         run=runtime.location("run", config.run) if config.run else "",
     )
     lineage = dataset_of(config.aligner)
-    require_same_recipe(config.output, flatten(recipe(config)))
+    require_same_recipe(
+        config.output, flatten(recipe(config)), job="finetune", known=flatten(asdict(config))
+    )
     with OutputLock(config.output):
         flat = runtime.record(config, config.output, "finetune")
         code = runtime.code_version()
@@ -119,7 +122,10 @@ def summarise(config: FinetuneConfig, tuned: Tuned) -> None:
         say(f"{step:>6} steps: identity similarity {scores['csim']:.3f}  {uri}")
     say(f"bundle   {storage.join(config.output, 'bundle')}")
     say(f"config   {storage.join(config.output, CONFIG)}")
-    say("next     python jobs/swap.py --aligner that bundle, no --source needed")
+    place = shlex.quote(storage.join(config.output, "bundle"))
+    say(
+        f"use it   python jobs/swap.py --aligner {place} --blender BUNDLE --target VIDEO --output VIDEO (without --source)"
+    )
 
 
 if __name__ == "__main__":

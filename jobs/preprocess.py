@@ -19,6 +19,8 @@ if not __package__:
     import script_path  # noqa: F401
 
 import hashlib
+import itertools
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -33,10 +35,10 @@ from pipelines.annotate import AnnotateConfig
 from pipelines.crops import CropsConfig
 from pipelines.download import DownloadConfig, manners_towards
 from pipelines.forecast import Forecast, Range
-from pipelines.identities import IdentitiesConfig
+from pipelines.identities import IdentitiesConfig, advise_test_share
 from pipelines.limiter import find_pauses
 from pipelines.listing import shown
-from pipelines.output import NothingUsableError, OutputLock
+from pipelines.output import ConfigError, NothingUsableError, OutputLock
 from pipelines.preprocess import Outcome, PreprocessConfig
 from pipelines.progress import Progress
 from pipelines.quality import QualityConfig
@@ -95,9 +97,29 @@ def connect(config: PreprocessConfig) -> PreprocessConfig:
     if cores := runtime.own_cores():
         config = preprocess.on_one_machine(config, cores)
     runtime.connect(config.minimum_cpus)
-    if not cores and not nodes.may_grow():
-        config = preprocess.on_fixed_cluster(config, nodes.rooms())
+    if not nodes.may_grow():
+        require_gpus(config, nodes.gpus())
+        if not cores:
+            config = preprocess.on_fixed_cluster(config, nodes.rooms())
     return config
+
+
+def require_gpus(config: PreprocessConfig, there: float) -> None:
+    """Raises :class:`ConfigError` when stages ask for more GPUs than will ever be there: Ray would wait for them without end."""
+    wanted = {
+        name: max(pool.min_actors, pool.first_actors, 1) * pool.num_gpus
+        for name in preprocess.SHARES
+        if (pool := getattr(config, name).resources).num_gpus
+    }
+    if sum(wanted.values()) > there:
+        flags = ", ".join(
+            f"--{name}.resources.num-gpus {getattr(config, name).resources.num_gpus:g}"
+            for name in wanted
+        )
+        raise ConfigError(
+            f"{flags}: needs {sum(wanted.values()):g} GPUs, and Ray finds {there:g} here and no way to more; give 0 to run on "
+            "CPUs, or a smaller share"
+        )
 
 
 def job() -> None:
@@ -123,7 +145,7 @@ def make(config: PreprocessConfig) -> None:
     """Check everything, lock the output, record, and make the dataset or the rows of one stage."""
     memory.hold_little()
     preprocess.check(config)
-    videos = preprocess.open_list(config)
+    videos = tell_of_split(config, preprocess.open_list(config))
     with OutputLock(config.output):
         flat = runtime.record(config, config.output)
         if config.stop_after:
@@ -131,6 +153,22 @@ def make(config: PreprocessConfig) -> None:
             return
         outcome, places = publish(config, videos, flat)
     summarise(config, outcome, places)
+
+
+def tell_of_split(config: PreprocessConfig, videos: Iterator[Video]) -> Iterator[Video]:
+    """The same videos; warns before any work when all people of a short list would be on one side of the split."""
+    first = list(itertools.islice(videos, preprocess.VIDEOS_AT_ONCE))
+    if len(first) < preprocess.VIDEOS_AT_ONCE and not any(video.split for video in first):
+        share = config.identities.test_share
+        names = {video.identity for video in first if video.state != "rejected"}
+        advised = advise_test_share(names, share)
+        if advised is not None:
+            runtime.console.print(
+                f"warning: all {len(names)} people fall on one side of the split (by hash of their names, "
+                f"--identities.test-share {share:g}). Trainings evaluate on split test, and jobs/evaluate.py scores it: "
+                f"--identities.test-share {advised:g} splits these people; a dataset's split cannot be changed afterwards"
+            )
+    return itertools.chain(first, videos)
 
 
 def publish(
@@ -144,7 +182,10 @@ def publish(
     store = tracking.find_store(config.output, runtime.submitted())
     place = shown(config.output)
     tags = tracking.run_tags(
-        run_name(place), "jobs/preprocess.py", runtime.code_version()["commit"], dataset=place
+        runtime.run_name(place),
+        "jobs/preprocess.py",
+        runtime.code_version()["commit"],
+        dataset=place,
     )
     manners = manners_towards("", config.download)
     with tracking.open_run(store, "headray-preprocess", flat, tags) as run:
@@ -175,11 +216,6 @@ def publish(
 def dataset_name(uri: str) -> str:
     """The last part of a URI: what a dataset or a list is called in MLflow."""
     return uri.rstrip("/").rpartition("/")[2] or uri
-
-
-def run_name(uri: str) -> str:
-    """The last two parts of a URI: folders are often called ``dataset``."""
-    return "/".join(uri.rstrip("/").split("/")[-2:])
 
 
 def log_lineage(run: tracking.Run, config: PreprocessConfig, manifest: Mapping[str, Any]) -> None:
@@ -221,7 +257,7 @@ def note(config: PreprocessConfig, outcome: Outcome) -> str:
     counts = manifest["counts"]
     size = sum(shard["bytes"] for shard in manifest["shards"])
     lines = [
-        f"**{run_name(shown(config.output))}, version {manifest['dataset_version']}**: "
+        f"**{runtime.run_name(shown(config.output))}, version {manifest['dataset_version']}**: "
         f"{counts['frames']['published']:,} frames of {counts['identities']['published']:,} people in "
         f"{len(manifest['shards'])} shards, {size / 2**20:,.1f} MiB, made in {outcome.seconds:,.0f} s. "
         "The report with pictures and reasons is in *Artifacts*, `report/index.html`; how it went over time in "
@@ -317,7 +353,7 @@ def save_rows(config: PreprocessConfig, videos: Iterator[Video]) -> None:
     say = runtime.console.print
     say(progress.line())
     say(f"rows     {folder}")
-    say(f"next     the same command with --replay {replay.stage_after(config)} for --stop-after")
+    say(f"next     {runtime.again('replay', replay.stage_after(config), without='stop-after')}")
 
 
 def show_replay(config: PreprocessConfig) -> None:
@@ -390,11 +426,16 @@ def summarise(config: PreprocessConfig, outcome: Outcome, places: list[str]) -> 
             f"{outcome.retryable} failed for reasons that may pass; the same command tries them again "
             f"(the work folder stays until then: {storage.join(config.output, 'work')})"
         )
+    if "test" not in manifest["splits"]:
+        say(
+            "nobody is in split test: trainings want --held-out.split train, which scores people they were trained on; "
+            "a new --output with a larger --identities.test-share has somebody to test on"
+        )
     say(f"dataset  {config.output}")
     say(f"report   {storage.join(config.output, report.PAGE)}")
     for place in places:
         say(f"mlflow   {place}")
-    say(f"next     python jobs/dataset.py verify --dataset {config.output}")
+    say(f"next     python jobs/dataset.py verify --dataset {shlex.quote(config.output)}")
 
 
 def _pair(counts: dict[str, Any], total: str) -> tuple[str, str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
 import os
-import secrets
+import shlex
 import socket
 import subprocess
 import sys
@@ -51,6 +52,18 @@ USER_ERRORS = (
     WeightsError,
 )
 
+PLACE_ERRORS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+"""What an operating system says of a place that a user named and that does not do."""
+
 Config = TypeVar("Config")
 console = Console(soft_wrap=True, highlight=False, markup=False)
 
@@ -77,6 +90,27 @@ def parse(presets: Mapping[str, Config], description: str) -> Config:
         return tyro.cli(type(default), default=default, args=arguments, description=told)
     except ValueError as error:  # a check in __post_init__, which names the field and the value
         usage(str(error))
+
+
+def again(flag: str, value: object, without: str = "") -> str:
+    """The command line of this process as it can be typed again, with another value of one flag.
+
+    Args:
+        flag: its name, without dashes.
+        value: its new value.
+        without: a flag that is left out.
+    """
+    kept: list[str] = []
+    is_value = False
+    for word in sys.argv:
+        name, equals, _ = word.partition("=")
+        if name.replace("_", "-") in (f"--{flag}", f"--{without}"):
+            is_value = not equals
+        elif is_value:
+            is_value = False
+        else:
+            kept.append(public_url(word) if "://" in word else word)
+    return f"python {shlex.join([*kept, f'--{flag}', str(value)])}"
 
 
 def location(flag: str, uri: str) -> str:
@@ -108,12 +142,21 @@ def main(job: Callable[[], None]) -> None:
     except NothingUsableError as error:
         Console(stderr=True, soft_wrap=True, markup=False).print(f"nothing usable: {error}")
         raise SystemExit(NOTHING) from None
+    except OSError as error:
+        if error.errno not in PLACE_ERRORS or not error.filename:
+            raise_fault()
+        usage(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command continues from here")
         raise SystemExit(130) from None
     except Exception:
-        traceback.print_exc()
-        raise SystemExit(FAULT) from None
+        raise_fault()
+
+
+def raise_fault() -> NoReturn:
+    """The stack of the exception that is being handled, and exit code 1: our fault."""
+    traceback.print_exc()
+    raise SystemExit(FAULT) from None
 
 
 def record(config: Any, output: str, job: str = "preprocess") -> dict[str, Any]:
@@ -196,10 +239,6 @@ def connect(minimum_cpus: float) -> None:
         filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     )
     address = os.environ.get("RAY_ADDRESS", "local")
-    if address == "local" and "RAY_AUTH_MODE" not in os.environ:
-        # A token of this run only: other users of the machine cannot drive our workers, and nothing is written to ~/.ray.
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
     if submitted():
@@ -256,12 +295,11 @@ def train(
         config.cluster.require_divides(config.samples.batch_size, config.learner.accumulate)
     except ValueError as error:
         usage(str(error))
+    flat = flatten(public(dataclasses.asdict(config)))
     recipe = {
-        field: value
-        for field, value in flatten(public(dataclasses.asdict(config))).items()
-        if not field.startswith(training.OPERATIONAL)
+        field: value for field, value in flat.items() if not field.startswith(training.OPERATIONAL)
     }
-    require_same_recipe(config.output, recipe)
+    require_same_recipe(config.output, recipe, job=f"train_{name}", known=flat)
     with OutputLock(config.output):
         told = prepare_training(name, config)
         work = training.Training(
@@ -395,7 +433,8 @@ def summarise_training(
     )
     for name, value in sorted(progress["values"].items()):
         if name.startswith(("loss/", "eval/")):
-            say(f"  {name:<36}{value:.5g}")
+            unit = " dB" if "psnr" in name else ""
+            say(f"  {name:<36}{value:.5g}{unit}")
     for remark in remarks:
         say(f"  {remark}")
     bundle = storage.join(work.output, journal.BUNDLE)
@@ -403,11 +442,47 @@ def summarise_training(
     say(f"preview  {storage.join(bundle, 'preview.png')}")
     if work.store:
         say(f"mlflow   {work.store.show}")
+        say(f"registry models:/{work.model_name}@{tracking.CANDIDATE}")
     if waiting:
         say(f"{waiting} records wait for MLflow; the same command sends them when it is back")
-    say(
-        f"next     the same command with --training.samples {2 * work.config.samples} goes on from here"
-    )
+    more = again("training.samples", 2 * work.config.samples)
+    say(f"next     {more}  (goes on from here)")
+
+
+def log_made(
+    store: tracking.Store,
+    job: str,
+    config: Any,
+    code: Mapping[str, Any],
+    numbers: Mapping[str, float],
+) -> str:
+    """Record in MLflow what a job has made. The work is done by then: a store that is gone is told of and no failure.
+
+    Args:
+        store: that :func:`pipelines.tracking.require` passed before the work.
+        job: its name.
+        config: of the job, a dataclass.
+        code: of :func:`code_version`.
+        numbers: metrics.
+
+    Returns:
+        what to say after ``mlflow``.
+    """
+    told = dataclasses.asdict(config)
+    name, commit = run_name(public_url(config.output)), code["commit"]
+    tags = tracking.run_tags(name, f"jobs/{job}.py", commit, git_commit=commit) | {"job": job}
+    try:
+        with tracking.open_run(store, f"headray-{job}", flatten(public(told)), tags) as run:
+            run.metrics(numbers)
+            run.record({"config": told, "code": code}, "config.json")
+    except TrackingError as error:
+        return f"not recorded: {error}"
+    return store.show
+
+
+def run_name(uri: str) -> str:
+    """The last two parts of a URI: folders are often called ``dataset``."""
+    return "/".join(uri.rstrip("/").split("/")[-2:])
 
 
 def fetch_bundle(uri: str, output: str, name: str) -> str:

@@ -2,7 +2,7 @@
 """Pictures of a person + a video → the video with that person's head, with its rate, size and sound.
 
     python jobs/swap.py --aligner bundles/aligner --blender bundles/blender --source me1.jpg me2.jpg --target clip.mp4 --output swapped.mp4
-    python jobs/swap.py --aligner models:/headray-aligner@best --blender bundles/blender --source me.mp4 --target clip.mp4 --output swapped.mp4 --preview
+    python jobs/swap.py --aligner models:/headray-aligner@candidate --blender bundles/blender --source me.mp4 --target clip.mp4 --output swapped.mp4 --preview
     python jobs/swap.py --aligner runs/me/bundle --blender bundles/blender --target a.mp4 b.mp4 --output swapped/ --workers 4
 
 Runs on a GPU if there is one. Frames without the face stay as they are; OUTPUT.json tells of every frame. The file says that it
@@ -23,7 +23,6 @@ import tyro
 
 from jobs import runtime
 from pipelines import swap_cluster, tracking
-from pipelines.output import flatten
 from pipelines.swap import Made, SwapConfig, swap
 
 PRESETS = {
@@ -47,26 +46,23 @@ def job() -> None:
     say = runtime.console.print
     say("configuration")
     say("  " + " ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
-    version = runtime.code_version()
+    code = runtime.code_version()
+    store = tracking.find_store(config.output.rstrip("/").rpartition("/")[0], runtime.submitted())
+    tracking.require(store)
     if config.workers:
         runtime.connect(config.workers + 1)  # one for what splits rows
         made = swap_cluster.swap(config, say)
     else:
         made = swap(config, say)
-    store = tracking.find_store(config.output.rstrip("/").rpartition("/")[0], runtime.submitted())
-    tags = {"git_commit": version["commit"], "job": "swap"}
-    parameters = flatten(asdict(config))
-    with tracking.open_run(store, "headray-swap", parameters, tags) as run:
-        numbers = {
-            "frames": sum(each.frames for each in made),
-            "copied": sum(each.copied for each in made),
-            "took_seconds": sum(each.took_seconds for each in made),
-        }
-        run.metrics({name: float(value) for name, value in numbers.items()})
-        run.record({"config": asdict(config), "code": version}, "config.json")
+    numbers = {
+        "frames": float(sum(each.frames for each in made)),
+        "copied": float(sum(each.copied for each in made)),
+        "took_seconds": sum(each.took_seconds for each in made),
+    }
+    recorded = runtime.log_made(store, "swap", config, code, numbers)
     for each in made:
         summarise(each, has_preview=config.preview)
-    say(f"mlflow   {store.show}")
+    say(f"mlflow   {recorded}")
 
 
 def summarise(made: Made, *, has_preview: bool) -> None:

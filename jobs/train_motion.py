@@ -173,7 +173,12 @@ def check(config: TrainMotionConfig) -> int:
     Returns:
         units of the training split.
     """
-    shards.read_manifest(config.dataset)
+    rule = shards.read_manifest(config.dataset)["members"].get("rule", "fomm")
+    if rule != "fomm":
+        runtime.console.print(
+            f"warning: {config.dataset} has windows that follow the head (crop rule {rule}), so that its motion is gone from them; "
+            "the motion model wants clips of python jobs/preprocess.py motion"
+        )
     shape, drawn = config.learner.network, config.samples
     for ours, theirs, name, other in (
         (shape.size, drawn.size, "size", "size"),

@@ -10,6 +10,7 @@ for one picture, 230 for more than 30): so a bundle is kept at each.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, cast
@@ -40,6 +41,8 @@ from pipelines.swap import load_network
 
 MOST_AT_ONCE = 8
 """Pictures of a step (latent pose reenactment)."""
+SAY_SECONDS, SAVE_SECONDS = 30.0, 300.0
+"""Between two lines of progress, and between two checkpoints: on a CPU a step may take seconds."""
 LEARNER = AlignerLearnerConfig(lr=5e-4, discriminator_lr=8e-4, betas=(0.0, 0.999), ema_decay=0.972)
 """RAdam's rates and the decay of latent pose reenactment's fine-tuning; losses as in training."""
 
@@ -268,20 +271,36 @@ def finetune(
     }
     tuned = Tuned(bundles={}, scores={}, hashes={})
     done = _go_on(config, learner, tuned, say)
+    started = said = saved = time.monotonic()
     for step in range(done, config.iterations + 1):
         if step in config.kept and step not in tuned.bundles:
             _keep(config, learner, plain, card, step, tuned)
             told = ", ".join(f"{name} {value:.3f}" for name, value in tuned.scores[step].items())
             say(f"{step} of {config.iterations} steps: {told}")
             record({f"eval/{name}": v for name, v in tuned.scores[step].items()}, step)
-            notes = {"bundles": tuned.bundles, "scores": tuned.scores, "hashes": tuned.hashes}
-            checkpoints.write(config.output, cast(Any, learner), step, notes, keep=1)
+            _save(config, learner, step, tuned)
+            said = saved = time.monotonic()
+        elif time.monotonic() - saved > SAVE_SECONDS:
+            _save(config, learner, step, tuned)
+            saved = time.monotonic()
         if step < config.iterations:
             batch = pictures.batch(step).to(device)
             metrics = learner.train_step(batch, (step + 1) * len(batch))
             if step % 10 == 0:
                 record({name: float(value) for name, value in metrics.items()}, step)
+            if time.monotonic() - said > SAY_SECONDS:
+                said = time.monotonic()
+                left = (said - started) / (step + 1 - done) * (config.iterations - step - 1)
+                say(
+                    f"{step + 1} of {config.iterations} steps: loss/l1 {float(metrics['loss/l1']):.3f}, {left:,.0f} s left"
+                )
     return tuned
+
+
+def _save(config: FinetuneConfig, learner: AlignerLearner, step: int, tuned: Tuned) -> None:
+    """Write what continues after ``step`` steps, in place of what did before."""
+    notes = {"bundles": tuned.bundles, "scores": tuned.scores, "hashes": tuned.hashes}
+    checkpoints.write(config.output, cast(Any, learner), step, notes, keep=1)
 
 
 def _go_on(

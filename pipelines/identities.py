@@ -96,7 +96,8 @@ class IdentitiesConfig:
     """``clean``: nobody and nothing that is tested on is trained on. ``legacy``: the list's split as it is, people and clips on
     both sides and all: only to compare with numbers published on vox-metadata.csv."""
     test_share: float = 0.05
-    """Share of the identities kept for testing, by hash of the name, where the list has no official split."""
+    """Share of the identities kept for testing, by hash of the name, where the list has no official split. Of a few people it may
+    well be nobody: the job says so, with a share that takes one."""
     resources: StageResources = field(default_factory=lambda: StageResources(memory_gb=1.0))
     """Of an actor; with ``arcface`` give it a share of a GPU."""
     videos_at_once: int = 1
@@ -542,6 +543,24 @@ def split_identities(
     for name in leader:
         splits[name] = "test" if hash_share(find(name)) < test_share else "train"
     return splits
+
+
+def advise_test_share(names: Iterable[str], test_share: float) -> float | None:
+    """A ``test_share`` that splits these few people, when the present one puts all of them on one side; else None.
+
+    Args:
+        names: of identities without an official split.
+        test_share: of the configuration; 0 is taken to be meant.
+    """
+    shares = sorted({hash_share(name) for name in names})
+    if not test_share or len(shares) < 2 or shares[0] < test_share <= shares[-1]:
+        return None
+    tested = max(1, round(len(shares) / 5))
+    low, high = shares[tested - 1], shares[tested]
+    digits = 2
+    while not low < (advised := round((low + high) / 2, digits)) <= high:
+        digits += 1
+    return advised
 
 
 def hash_share(name: str) -> float:

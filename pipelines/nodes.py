@@ -29,6 +29,13 @@ def alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
+def gpus() -> float:
+    """GPUs of the cluster that Ray is connected to."""
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0))
+
+
 def may_grow() -> bool:
     """Whether something may start nodes for this cluster. Ray's launcher and KubeRay name the group of each node that they start;
     who starts nodes by hand does not."""

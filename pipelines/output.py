@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ WORK = "work"
 """Folder of what a job needs while it is unfinished."""
 CONFIG = "config.json"
 """The resolved configuration and the code's version; written before anything else."""
+SHOWN_DIFFERENCES = 6
+"""Of two configurations, in the line that refuses the second."""
 
 
 class ConfigError(ValueError):
@@ -44,18 +46,35 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def require_same_recipe(output: str, recipe: Mapping[str, Any]) -> None:
+def require_same_recipe(
+    output: str,
+    recipe: Mapping[str, Any],
+    *,
+    job: str = "",
+    known: Collection[str] = (),
+    neutral: Mapping[str, Any] | None = None,
+) -> None:
     """The output is new and can be written, or was begun with the same recipe.
 
     Args:
         output: folder or URI.
         recipe: of :func:`flatten`; the part of a configuration that decides what the job makes.
+        job: its name; an output that another job began is refused by that, not field by field. Empty: not compared.
+        known: every field of the job's configuration; what is stored there beside these is refused by name. Empty: not
+            compared.
+        neutral: fields that are younger than outputs which are still about, and the value that means "as before": an older
+            ``config.json``, which lacks the field, counts as one that has it.
 
     Raises:
         ConfigError: it holds something else, or was begun with another recipe; or the storage does not let us.
     """
     try:
-        _require_same_recipe(output, recipe)
+        stored = _read_config(output)
+        if stored:
+            _compare(output, stored, recipe, job, known, neutral or {})
+        probe = storage.join(output, WORK, "write-test")
+        storage.write_atomic(probe, b"ok")
+        storage.remove(probe)
     except ConfigError:
         raise
     except (
@@ -65,31 +84,52 @@ def require_same_recipe(output: str, recipe: Mapping[str, Any]) -> None:
         raise ConfigError(f"--output {output}: cannot be used: {reason}") from error
 
 
-def _require_same_recipe(output: str, recipe: Mapping[str, Any]) -> None:
+def _read_config(output: str) -> dict[str, Any]:
+    """What OUTPUT/config.json says: ``config`` flat, and ``job``; empty for an output that is new."""
     uri = storage.join(output, CONFIG)
     try:
-        before = flatten(json.loads(storage.read_bytes(uri))["config"])
+        told = json.loads(storage.read_bytes(uri))
+        return {"config": flatten(told["config"]), "job": told.get("job", "")}
     except FileNotFoundError:
         if [name for name in storage.names_below(output) if not name.startswith(f"{WORK}/")]:
             raise ConfigError(
                 f"--output {output}: holds files but no HeadRay config.json; give an empty folder"
             ) from None
-    except (ValueError, KeyError, TypeError) as error:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{uri}: not a configuration of HeadRay ({error})") from None
-    else:
-        differs = [
-            f"{name} was {before.get(name)!r}, now {value!r}"
-            for name, value in recipe.items()
-            if before.get(name) != value
-        ]
-        if differs:
-            raise ConfigError(
-                f"--output {output}: begun with another configuration ({'; '.join(differs)}); "
-                "use those values again or another --output"
-            )
-    probe = storage.join(output, WORK, "write-test")
-    storage.write_atomic(probe, b"ok")
-    storage.remove(probe)
+
+
+def _compare(
+    output: str,
+    stored: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    job: str,
+    known: Collection[str],
+    neutral: Mapping[str, Any],
+) -> None:
+    """Raises :class:`ConfigError`, naming what differs; arguments as of :func:`require_same_recipe`."""
+    if job and stored["job"] and stored["job"] != job:
+        raise ConfigError(
+            f"--output {output}: holds what jobs/{stored['job']}.py made, this is jobs/{job}.py; give another --output"
+        )
+    before = {**neutral, **stored["config"]}
+    differs = [
+        f"{name} was {before[name]!r}, now {value!r}"
+        if name in before
+        else f"{name} is younger than that and is {value!r} now"
+        for name, value in recipe.items()
+        if name not in before or before[name] != value
+    ]
+    gone = sorted(set(stored["config"]) - set(known)) if known else []
+    differs += [f"{name} was {before[name]!r}, now there is no such field" for name in gone]
+    if differs:
+        more = len(differs) - SHOWN_DIFFERENCES
+        told = differs[:SHOWN_DIFFERENCES] + ([f"and {more} more"] if more > 0 else [])
+        raise ConfigError(
+            f"--output {output}: begun with another configuration ({'; '.join(told)}); "
+            "use those values again or another --output"
+        )
 
 
 @dataclass

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,15 @@ from pipelines import (
 )
 from pipelines.output import ConfigError, NothingUsableError, flatten, require_same_recipe
 from pipelines.progress import Progress
-from pipelines.schema import OFF_GPU_NODES, SCHEMA_VERSION, VIDEOS_IN_FLIGHT, Video, batched, to_row
+from pipelines.schema import (
+    OFF_GPU_NODES,
+    SCHEMA_VERSION,
+    VIDEOS_IN_FLIGHT,
+    Video,
+    batched,
+    one_line,
+    to_row,
+)
 from pipelines.shelf import Shelf, places, quoted
 
 if TYPE_CHECKING:
@@ -70,6 +79,10 @@ OPERATIONAL = (
     "tracks.decoder.videos_per_child",
 )
 """Fields that change how a run goes but not what it makes; neither does any ``resources``."""
+
+YOUNGER = {"annotate.pupils": "none"}
+"""Fields that outputs of earlier versions lack in their config.json, with the value that makes what those versions made. Only
+fields that have such a value belong here: an output that lacks another field is refused."""
 
 VIDEOS_AT_ONCE = 500
 """Videos of the list that the driver holds as objects."""
@@ -168,10 +181,15 @@ class PreprocessConfig:
         )
 
     @property
+    def flat(self) -> dict[str, Any]:
+        """All fields (``download.min_height``), without secrets."""
+        return flatten(download.public(dataclasses.asdict(self)))
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """The part of the configuration that decides what the dataset contains, flat."""
         flat = {}
-        for name, value in flatten(download.public(dataclasses.asdict(self))).items():
+        for name, value in self.flat.items():
             operational = name in OPERATIONAL or ".resources." in name
             if not operational and name not in download.OPERATIONAL:
                 flat[name] = value
@@ -274,7 +292,9 @@ def check(config: PreprocessConfig) -> None:
         ConfigError: the output holds something else, or a dataset of another recipe.
         models.frozen.weights.WeightsError: a network's file is missing or damaged.
     """
-    require_same_recipe(config.output, config.recipe)
+    require_same_recipe(
+        config.output, config.recipe, job="preprocess", known=config.flat, neutral=YOUNGER
+    )
     check_weights(config)
 
 
@@ -414,6 +434,8 @@ def configure_ray_data(config: PreprocessConfig) -> None:
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # of every pool, where a list is shorter than a pool is large
+    warnings.filterwarnings("ignore", "The minimum number of concurrent actors", UserWarning)
     for name in ("exceptions", "_internal.execution.streaming_executor_state"):
         # they print what is raised as well; who catches it tells it once
         logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
@@ -645,7 +667,9 @@ def publish(
     report.write(output, manifest)
     if not records:
         causes = manifest["counts"]["causes"]["videos"]
-        reasons = ", ".join(f"{count} × {cause}" for cause, count in causes.items())
+        reasons = ", ".join(
+            f"{count} × {cause}{tally.example(cause)}" for cause, count in causes.items()
+        )
         raise NothingUsableError(
             f"all {len(listed)} videos were rejected ({reasons}); see {storage.join(output, report.PAGE)}"
         )
@@ -882,6 +906,8 @@ class Tally:
     def __init__(self) -> None:
         self.states: dict[str, Counter[str]] = {"video": Counter(), "track": Counter()}
         self.causes: dict[str, Counter[str]] = {"video": Counter(), "track": Counter()}
+        self.examples: dict[str, tuple[str, str]] = {}
+        """Key and detail of the first video of each cause."""
         self.dropped: Counter[str] = Counter()
         self.identities: set[str] = set()
         self.by_split: dict[str, set[str]] = {}
@@ -897,7 +923,10 @@ class Tally:
         self.states[kind][row["state"]] += 1
         self.identities.add(row["identity"])
         if row["state"] != "published":
-            self.causes[kind][f"{row['stage']}: {row['cause']}"] += 1
+            cause = f"{row['stage']}: {row['cause']}"
+            self.causes[kind][cause] += 1
+            if kind == "video":
+                self.examples.setdefault(cause, (row["key"], row["detail"]))
         elif kind == "video":
             self.videos[row["split"]] += 1
         else:
@@ -908,6 +937,11 @@ class Tally:
             self.dropped.update(dict(row["dropped"]))
             self.lost_frames += 0 if row["state"] == "published" else row["frames"]
         return row
+
+    def example(self, cause: str) -> str:
+        """What is known of one video with this cause: a beginning for who asks why nothing is left."""
+        key, detail = self.examples[cause]
+        return f", as {key}: {one_line(detail, 160)}" if detail else f", as {key}"
 
     def splits(self) -> dict[str, dict[str, int]]:
         """Identities, videos, tracks and frames published in each split."""

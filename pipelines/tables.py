@@ -106,6 +106,8 @@ def table_videos(
         columns = {name for line in head for name in line.cells}
         if list_format == "auto" and columns.issuperset(VOX_METADATA_COLUMNS):
             list_format = "vox-metadata"
+        if head and not columns:
+            raise ListError(f"{where} line {head[0].number}: {head[0].error}")
         if head:
             _require_columns(columns, list_format, where)
         everything = itertools.chain(head, lines)
@@ -137,7 +139,7 @@ def _require_columns(columns: set[str], list_format: str, where: str) -> None:
         missing = sorted({"identity"} - columns)
         missing += [] if columns & {"url", "path"} else ["url or path"]
     if missing:
-        found = ascii(sorted(columns))[1:161]
+        found = ascii(sorted(columns))[1:-1][:160]
         raise ListError(
             f"{where}: missing column {', '.join(missing)}; the columns are {found}: "
             "rename them, or name another format with --input-format"

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import socket
 import tempfile
 import threading
 import time
@@ -29,6 +30,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import psutil
 import pyarrow as pa
@@ -45,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "tracking"
 """Of an output: ``begin.json`` describes the run, ``run.json`` says how far it is sent, ``pending/`` is what is not."""
+CANDIDATE = "candidate"
+"""Alias of the newest version of a registered model."""
 PARAMETER_LIMIT = 6000
 """MLflow's longest parameter value, characters."""
 NOTE_LIMIT = 8000
@@ -333,6 +338,50 @@ def find_experiment(client: Any, store: Store, name: str) -> str:
     return str(client.create_experiment(name, artifact_location=location))
 
 
+def _be_brief() -> None:
+    """MLflow's own patience and its pages of remarks, cut to what a person at a terminal wants. Before it is imported."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")  # half a minute, not four
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # not two minutes, as often
+    for name in ("mlflow.store.db.utils", "alembic"):  # a page of migrations at the first use
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # each retry, with the exception in it; what comes of them is told once
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _told(store: Store) -> Iterator[None]:
+    """Turns whatever a store raises, and a server that nothing listens for, into one :class:`TrackingError`."""
+    try:
+        _require_listener(store.uri)
+        yield
+    except (
+        Exception
+    ) as error:  # every kind of store has its own kinds; to the user they all say this
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI={public_url(store.uri)}: cannot be used: {describe_trouble(error)}; mend it, or unset it to "
+            "record in mlflow.db of this folder"
+        ) from error
+
+
+def _require_listener(uri: str) -> None:
+    """Raises ``OSError`` when nothing listens at a tracking server's address; MLflow itself would try for half a minute."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https") and parts.hostname and not getproxies():
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=20).close()
+
+
+def require(store: Store) -> None:
+    """For jobs that record when they are done: raises :class:`TrackingError` now if that is not going to work."""
+    _be_brief()
+    from mlflow import MlflowClient
+
+    with _told(store):
+        prepare(store)
+        MlflowClient(tracking_uri=store.uri).search_experiments(max_results=1)
+
+
 @contextmanager
 def open_run(
     store: Store, experiment: str, parameters: Mapping[str, Any], tags: Mapping[str, str]
@@ -348,23 +397,13 @@ def open_run(
     Raises:
         TrackingError: the store does not answer, or is of an unknown kind.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")  # half a minute, not four
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # not two minutes, as often
+    _be_brief()
     import mlflow
 
-    for name in ("mlflow.store.db.utils", "alembic"):  # a page of migrations at the first use
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
+    with _told(store):
         prepare(store)
         mlflow.set_tracking_uri(store.uri)
         run = _begin(store, experiment, parameters, tags)
-    except (
-        Exception
-    ) as error:  # every kind of store has its own kinds; to the user they all say this
-        raise TrackingError(
-            f"MLFLOW_TRACKING_URI={public_url(store.uri)}: cannot be used: {describe_trouble(error)}"
-        ) from error
     status = "FAILED"
     try:
         yield run
@@ -615,7 +654,7 @@ class Tracker:
         version = client.create_model_version(
             name, source, run_id=self._run_id, tags={"sha256": record["sha256"]}
         )
-        client.set_registered_model_alias(name, "candidate", version.version)
+        client.set_registered_model_alias(name, CANDIDATE, version.version)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -260,6 +260,7 @@ def run(training: Training) -> Outcome:
     """
     cluster = training.cluster
     local = is_local(cluster)
+    require_room(cluster)
     use_gpu = cluster.gpu == "yes" or (cluster.gpu == "auto" and _has_gpu(local))
     training = Training(**{**vars(training), "use_gpu": use_gpu})
     logging.getLogger("ray.train").setLevel(logging.WARNING)
@@ -296,6 +297,41 @@ def is_local(cluster: ClusterConfig) -> bool:
     return cluster.num_workers == 0 or (cluster.num_workers == 1 and not has_cluster)
 
 
+def require_room(cluster: ClusterConfig) -> None:
+    """Raises :class:`ConfigError` when workers ask for more than will ever be there: Ray would wait for it without end."""
+    if is_local(cluster):
+        if cluster.gpu == "yes" and not torch.cuda.is_available():
+            raise ConfigError(
+                "--cluster.gpu yes: torch finds no GPU on this machine (nvidia-smi tells whether the driver does); auto trains "
+                "on its CPU"
+            )
+        return
+    if nodes.may_grow():
+        return
+    least = cluster.min_workers or cluster.num_workers
+    cpus = cluster.cpus_per_worker or 1
+    machines = _machines()
+    rooms = [
+        min(has_cpus // cpus, has_gpus) if cluster.gpu == "yes" else has_cpus // cpus
+        for has_cpus, has_gpus in machines
+    ]
+    if sum(rooms) < least:
+        wanted = f"{cpus} CPUs and a GPU" if cluster.gpu == "yes" else f"{cpus} CPUs"
+        there = ", ".join(f"{has_cpus} CPUs and {has_gpus} GPUs" for has_cpus, has_gpus in machines)
+        raise ConfigError(
+            f"--cluster.num-workers {least}, each with {wanted} (--cluster.cpus-per-worker, --cluster.gpu): there is room for "
+            f"{sum(rooms)} (nodes: {there})"
+        )
+
+
+def _machines() -> list[tuple[int, int]]:
+    """CPUs and GPUs of each node."""
+    return [
+        (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
+        for node in nodes.alive()
+    ]
+
+
 def _has_gpu(local: bool) -> bool:
     return torch.cuda.is_available() if local else ray.cluster_resources().get("GPU", 0) > 0
 
@@ -308,11 +344,7 @@ def _group_size(cluster: ClusterConfig) -> int | tuple[int, int]:
 
 
 def _resources(cluster: ClusterConfig, use_gpu: bool) -> dict[str, float]:
-    machines = [
-        (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
-        for node in nodes.alive()
-    ]
-    cpus = cluster.cpus_per_worker or share_of_cpus(machines, cluster.num_workers, use_gpu)
+    cpus = cluster.cpus_per_worker or share_of_cpus(_machines(), cluster.num_workers, use_gpu)
     return {"CPU": float(cpus)} | ({"GPU": 1.0} if use_gpu else {})
 
 

@@ -149,6 +149,14 @@ def _detect(fs: Any, path: str) -> Literal["tree", "table", "folder"]:
                 return "tree"
             if _is_video(parts[-1]):
                 return "folder"
+    loose = _is_video(path) or any(
+        _is_video(parts[-1]) for parts, _, _ in list_files(fs, path, depth=1)
+    )
+    if loose:
+        raise ListError(
+            f"{shown(path)}: whose face is it? Put videos into a folder for each person, <identity>/<any>.mp4, and give the "
+            "folder of these; or give a folder and --input-format files, where each file shows another person"
+        )
     raise ListError(
         f"{shown(path)}: no list in it: expected txt/<identity>/<video>/<utterance>.txt, "
         f"<identity>/<any>.mp4, a zip, or a table ({', '.join(sorted(TABLE_ENDINGS))})"

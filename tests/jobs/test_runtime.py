@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from jobs import runtime
 from pipelines.download import DownloadConfig
 from pipelines.preprocess import PreprocessConfig
+from tests.material import REPOSITORY
 
 
 def test_nothing_secret_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,3 +49,45 @@ def test_cluster_that_does_not_answer_is_usage(capsys: pytest.CaptureFixture[str
     assert ended.value.code == runtime.USAGE
     assert "RAY_ADDRESS=127.0.0.1:1" in capsys.readouterr().err
     runtime.require_answer("auto")
+
+
+def test_command_to_type_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ["jobs/x.py", "small", "--output", "my runs", "--stop_after=crops", "--training.samples", "8"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", [*line, "--dataset", "s3://me:hush7@bucket/x"])
+    told = runtime.again("training.samples", 16, without="stop-after")
+    assert told == (
+        "python jobs/x.py small --output 'my runs' --dataset s3://bucket/x --training.samples 16"
+    )
+
+
+def test_places_that_do_not_do_are_one_line_and_our_bugs_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        runtime.main((tmp_path / "file" / "below").mkdir)
+    assert ended.value.code == runtime.USAGE
+    told = capsys.readouterr().err
+    assert told == f"error: {tmp_path}/file/below: Not a directory\n"
+    with pytest.raises(SystemExit) as ended:
+        runtime.main((tmp_path / "not" / "there").mkdir)
+    assert ended.value.code == runtime.FAULT
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_private_ray_is_shown_its_token_by_jobs_that_import_ray_first() -> None:
+    """Trainings import Ray at their top; what they connect to asks for the token of jobs/__init__.py."""
+    code = (
+        "from jobs import train_motion, runtime; import ray; runtime.connect(1);"
+        "print(ray.get(ray.remote(lambda: 'answered').remote()))"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")
+    }
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=REPOSITORY, capture_output=True,
+        text=True, timeout=600,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.strip().endswith("answered")

@@ -104,14 +104,23 @@ def test_encoders_rest_and_everything_else_is_trained(tuned: Path) -> None:
 
 @pytest.mark.slow
 def test_the_same_command_goes_on_to_the_same_bytes(
-    meta: str, photos: list[str], tuned: Path, tmp_path: Path
+    meta: str, photos: list[str], tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Interrupted between two bundles, after a checkpoint that only the clock asked for."""
     told: list[str] = []
-    half = settings(meta, photos, tmp_path / "out", iterations=2)
-    finetune(half, {"code": {"commit": "0"}})
+
+    def interrupt(line: str) -> None:
+        told.append(line)
+        if line.startswith("2 of 4 steps: loss/l1"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.finetune.SAY_SECONDS", -1.0)
+    monkeypatch.setattr("pipelines.finetune.SAVE_SECONDS", -1.0)
     whole = settings(meta, photos, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(whole, {"code": {"commit": "0"}}, say=interrupt)
     finetune(whole, {"code": {"commit": "0"}}, say=told.append)
-    assert "going on from 2 steps" in told
+    assert "going on from 1 steps" in told
     for name in ("000", "002", "004", "bundle"):
         assert (tmp_path / "out" / name / bundle.MODEL).read_bytes() == (
             tuned / (name if name != "bundle" else "004") / bundle.MODEL

@@ -20,6 +20,7 @@ from pipelines.identities import (
     Candidate,
     IdentitiesConfig,
     Twins,
+    advise_test_share,
     agreeing,
     compare_videos,
     decide,
@@ -377,6 +378,21 @@ def test_hash_split_is_stable_and_has_the_share_asked_for():
     assert abs((shares < 0.05).mean() - 0.05) < 3 * np.sqrt(0.05 * 0.95 / 20_000)
     # nobody may change sides from one release to the next: the first 64 bits of sha256, as sha256sum prints them
     assert hash_share("id00000") == 0x327B4F3831EAA844 / 2**64
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 13, 60])
+def test_advised_share_splits_people_who_would_be_on_one_side(count):
+    names = [f"id{number}" for number in range(count)]
+    shares = [hash_share(name) for name in names]
+    advised = advise_test_share(names, min(shares))
+    assert advised is not None
+    decisions = decide([candidate(name, f"v{name}", ONE) for name in names],
+                       replace(NO_TWINS, test_share=advised))  # fmt: skip
+    tested = sum(decision.split == "test" for decision in decisions.values())
+    assert tested == max(1, round(count / 5))
+    assert advise_test_share(names, advised) is None
+    assert advise_test_share(names, 0.0) is None
+    assert advise_test_share(names[:1], min(shares)) is None
 
 
 def test_official_splits_are_kept():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,45 @@ def test_output_that_is_no_folder_is_the_users(tmp_path: Path, name: str) -> Non
     (tmp_path / "file").write_text("text")
     with pytest.raises(ConfigError, match="cannot be used"):
         preprocess.check(config_of(str(tmp_path / name)))
+
+
+def begun_with(output: Path, change: Callable[[dict[str, Any]], None]) -> PreprocessConfig:
+    """An output that another version began; its stored configuration is this one's after ``change``."""
+    config = config_of(str(output))
+    stored = json.loads(json.dumps(asdict(config)))
+    change(stored)
+    output.mkdir()
+    (output / "config.json").write_text(json.dumps({"job": "preprocess", "config": stored}))
+    return config
+
+
+def test_output_begun_before_there_were_pupils_goes_on(tmp_path: Path) -> None:
+    config = begun_with(tmp_path / "out", lambda stored: stored["annotate"].pop("pupils"))
+    preprocess.check(config)
+    with pytest.raises(ConfigError, match=r"annotate.pupils was 'none', now 'iris'"):
+        preprocess.check(replace(config, annotate=AnnotateConfig(pupils="iris")))
+
+
+def test_fields_younger_than_an_output_and_fields_that_went_are_named(tmp_path: Path) -> None:
+    config = begun_with(tmp_path / "one", lambda stored: stored["quality"].pop("max_yaw"))
+    with pytest.raises(ConfigError, match=r"quality.max_yaw is younger than that and is 80.0 now"):
+        preprocess.check(config)
+    config = begun_with(tmp_path / "two", lambda stored: stored["crops"].update(squash=True))
+    with pytest.raises(ConfigError, match=r"crops.squash was True, now there is no such field"):
+        preprocess.check(config)
+
+
+def test_output_of_another_job_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"job": "train_aligner", "config": {"dataset": "x"}}')
+    with pytest.raises(ConfigError, match=r"holds what jobs/train_aligner.py made, this is"):
+        preprocess.check(config_of(str(tmp_path)))
+
+
+def test_line_that_refuses_a_configuration_stays_short(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"job": "preprocess", "config": {}}')
+    with pytest.raises(ConfigError, match=r"and \d+ more\)") as told:
+        preprocess.check(config_of(str(tmp_path)))
+    assert len(str(told.value)) < 700
 
 
 def test_bucket_that_does_not_answer_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:

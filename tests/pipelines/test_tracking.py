@@ -10,14 +10,16 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
+import mlflow
 import numpy as np
 import pytest
 
-from jobs import preprocess
+from jobs import preprocess, runtime
 from pipelines import shards, tracking
 from pipelines.preprocess import PreprocessConfig
 from tests.buckets import BUCKET, client
@@ -57,6 +59,24 @@ def test_store_that_does_not_answer_is_the_users(monkeypatch: pytest.MonkeyPatch
     ):
         pass
     assert "word" not in str(raised.value)
+    for uri in (store.uri, "foo://x"):
+        with pytest.raises(tracking.TrackingError, match="unset it to record"):
+            tracking.require(tracking.Store(uri=uri, artifacts="", show=""))
+
+
+def test_what_was_made_is_told_though_the_store_went_away(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Config:
+        output: str = "videos/me.mp4"
+
+    gone = tracking.Store(uri="http://127.0.0.1:1", artifacts="", show="open it")
+    told = runtime.log_made(gone, "swap", Config(), {"commit": "0"}, {"frames": 1.0})
+    assert told.startswith("not recorded: MLFLOW_TRACKING_URI=http://127.0.0.1:1")
+    there = tracking.Store(uri=f"sqlite:///{tmp_path}/mlflow.db", artifacts=str(tmp_path), show="x")
+    tracking.require(there)
+    assert runtime.log_made(there, "swap", Config(), {"commit": "0"}, {"frames": 1.0}) == "x"
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert (run.info.run_name, run.data.metrics) == ("videos/me.mp4", {"frames": 1.0})
 
 
 def test_a_database_is_whole_or_not_there(tmp_path: Path) -> None:

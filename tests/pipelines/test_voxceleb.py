@@ -798,8 +798,14 @@ def test_unusable_lists_are_one_line(tmp_path):
     (tmp_path / "meta").mkdir()
     write_tree(tmp_path / "meta", simple_tree(1, 1, 1))
     (tmp_path / "meta" / "vox2_meta.csv").write_text("VoxCeleb2 ID ,Gender ,Set \nid1 ,m ,?\n")
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose" / "one.mp4").write_bytes(b"")
+    (tmp_path / "cut.jsonl").write_text('{"identity": "anna", "url": \n')
     cases = {
         "nowhere": "no such file or folder",
+        "loose": "--input-format files",
+        "loose/one.mp4": "a folder for each person",
+        "cut.jsonl": "line 1: not JSON",
         "empty": "no list in it",
         "empty.csv": "empty",
         "header.csv": "empty",
