@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from models.layers import bare, held_power_iteration, spectral
 
@@ -22,6 +23,23 @@ def test_it_adds_no_parameters_and_keeps_full_precision_under_autocast():
     plain = layer.weight
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer.weight, plain)
+
+
+def test_the_singular_value_is_measured_outside_autocast(monkeypatch):
+    """On CUDA a matrix times a vector would be made in bfloat16 there; the CPU's autocast leaves it alone."""
+    seen = []
+    inherited = _SpectralNorm.forward
+
+    def spy(self, weight):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return inherited(self, weight)
+
+    monkeypatch.setattr(_SpectralNorm, "forward", spy)
+    layer = spectral(nn.Linear(4, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.ones(1, 4))
+    assert seen
+    assert not any(seen)
 
 
 def test_held_power_iteration_leaves_the_vectors_and_the_mode_alone():

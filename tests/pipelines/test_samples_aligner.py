@@ -42,7 +42,7 @@ from pipelines.samples_aligner import (
 )
 from pipelines.schema import npy_bytes
 from pipelines.shards import DatasetError
-from tests.datasets import face_points, make_dataset
+from tests.datasets import face_labels, face_points, make_dataset
 from tests.streams import (
     assert_all_same,
     assert_same,
@@ -469,7 +469,10 @@ def test_both_driving_views_are_changed_alike_and_the_target_is_not(
 def test_masks_are_those_of_frame_and_labels(dataset: str, tmp_path: Path) -> None:
     batch = next(train(PLAIN, dataset))
     assert set(batch.target_foreground.unique().tolist()) == {0.0, 1.0}
-    assert batch.target_foreground[0, 0, 30, 32] == 1 > batch.target_foreground[0, 0, 2, 2]
+    labels = cv2.imdecode(np.frombuffer(face_labels(128), np.uint8), cv2.IMREAD_UNCHANGED)
+    assert set(np.unique(labels)) == {0, 1, 17}, "hair is a person's, too"
+    expected = torch.from_numpy(labels[1::2, 1::2] != 0).float()
+    assert all(torch.equal(found[0], expected) for found in batch.target_foreground)
     assert batch.target_valid.min() == 1, "the drawn windows lie inside their frames"
     made = [
         (video, [member for member in members if not member[0].endswith(".png")])

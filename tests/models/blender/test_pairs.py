@@ -188,7 +188,7 @@ def test_masks_and_labels_go_with_their_pictures():
     assert (turned.truth_valid == 0).sum() > 50
     assert (black != (turned.truth_valid == 0)).float().mean() < 0.05  # outlines are interpolated
     assert torch.equal(turned.target_valid, one.valid)
-    assert (turned.truth_valid != one.valid).float().mean() > 0.08
+    assert (turned.truth_valid != one.valid).float().mean() > 0.06
 
 
 def test_labels_turn_with_the_picture():
@@ -283,10 +283,10 @@ def test_impossible_configurations_are_refused(change):
 
 
 def test_batches_divide_and_travel():
-    batch = join([paired(key, (drawn(i), SAME, STRANGER), i, PairConfig()) for i, key in enumerate("abcd")])  # fmt: skip
+    batch = join([paired(key, (drawn(i), SAME, STRANGER), i, PairConfig()) for i, key in enumerate("dacb")])  # fmt: skip
     assert len(batch) == 4
     parts = batch.chunk(2)
-    assert [part.keys for part in parts] == [["a", "b"], ["c", "d"]]
+    assert [part.keys for part in parts] == [["d", "a"], ["c", "b"]]
     assert torch.equal(torch.cat([part.other_labels for part in parts]), batch.other_labels)
     assert torch.equal(batch.to("cpu").truth, batch.truth)
     assert batch.animated_labels.dtype == torch.uint8
