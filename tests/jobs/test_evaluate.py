@@ -36,11 +36,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return output
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Making one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
+
+
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database: str) -> object:
     """Runs the job in this process, which has no networks for LPIPS and FID; returns its exit code."""
     likeness.hide(tmp_path / "home", monkeypatch)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
 
     def job(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["jobs/evaluate.py", *arguments])
@@ -51,6 +57,14 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
         return 0
 
     return job
+
+
+def metrics_of(output: Path) -> dict[str, float]:
+    """What MLflow has of the one run with this output."""
+    client = mlflow.MlflowClient(tracking.find_store(str(output), submitted=False).uri)
+    experiment = client.get_experiment_by_name("headray-evaluate")
+    (logged,) = client.search_runs([experiment.experiment_id], f"params.output = '{output}'")
+    return dict(logged.data.metrics)
 
 
 @pytest.mark.slow
@@ -79,11 +93,9 @@ def test_scores_are_written_logged_and_told(run, dataset, bundles, tmp_path, cap
     page = (output / scores.PAGE).read_text()
     assert page.count("data:image/jpeg") == 3
     assert page.count("HEADRAY_WEIGHTS") == 2
-    client = mlflow.MlflowClient(tracking.find_store(str(output), submitted=False).uri)
-    experiment = client.get_experiment_by_name("headray-evaluate")
-    (logged,) = client.search_runs([experiment.experiment_id])
+    logged = metrics_of(output)
     value = found["scores"]["blender"]["own colours"]["psnr"]["value"]
-    assert logged.data.metrics["blender/own_colours/psnr"] == pytest.approx(value)
+    assert logged["blender/own_colours/psnr"] == pytest.approx(value)
     # the Blender alone needs no face
     alone = tmp_path / "alone"
     own = (flags[0], f"--output={alone}", "--samples=1", f"--blender={blender}")
@@ -130,11 +142,9 @@ def test_with_their_networks_lpips_and_fid_are_everywhere(
     values = [float(row["lpips"]) for row in rows if row["setting"] == "self, K = 1"]
     assert np.mean(values) == pytest.approx(distance["value"], rel=1e-4)
     assert all(row["lpips"] == "" for row in rows if row["setting"] == "cross, K = 1")
-    client = mlflow.MlflowClient(tracking.find_store(str(output), submitted=False).uri)
-    experiment = client.get_experiment_by_name("headray-evaluate")
-    (logged,) = client.search_runs([experiment.experiment_id])
-    assert logged.data.metrics["aligner/self_K1/lpips"] == pytest.approx(distance["value"])
-    assert logged.data.metrics["aligner/cross_K1/fid"] == pytest.approx(apart["value"])
+    logged = metrics_of(output)
+    assert logged["aligner/self_K1/lpips"] == pytest.approx(distance["value"])
+    assert logged["aligner/cross_K1/fid"] == pytest.approx(apart["value"])
     # another file of the same name is no reason to go on without it
     (folder / REGISTRY["alexnet"].file).write_bytes(b"something else")
     assert run(*flags) == 2
