@@ -13,7 +13,7 @@ LPIPS wants torchvision's AlexNet (244 MB), FID torch-fidelity's Inception (96 M
 ~/.cache/headray, then downloaded; where that fails the score is left out, and the summary says what to put where. FID of less
 than some thousand pictures is far too high: --samples 5000 for one to publish.
 
-Exit codes: 0 done, 2 wrong arguments or inputs, 3 no face in any generated picture, 1 our fault.
+Exit codes: 0 done, 2 wrong arguments or inputs, 3 no face in any picture, 1 our fault.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from __future__ import annotations
 if not __package__:
     import script_path  # noqa: F401
 
+import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from rich.table import Table
 
 from jobs import runtime
 from pipelines import scores, storage, tracking
-from pipelines.evaluation import EvaluateConfig, evaluate, prepare
+from pipelines.evaluation import EvaluateConfig, Row, evaluate, prepare
 from pipelines.output import (
     CONFIG,
     NothingUsableError,
@@ -77,11 +78,21 @@ def job() -> None:
                     path = Path(folder, name)
                     path.write_bytes(storage.read_bytes(storage.join(config.output, name)))
                     run.file(path)
-    summarise(config, found, ready.left_out)
+    summarise(config, found, about["left_out"])
     runtime.console.print(f"mlflow   {store.show}")
-    faces = [row.values["found"] for row in found.rows if "found" in row.values]
-    if faces and not any(share > 0 for share in faces):
-        raise NothingUsableError("no face is found in any generated picture: the page shows them")
+    if why := useless(found.rows):
+        raise NothingUsableError(why)
+
+
+def useless(rows: Sequence[Row]) -> str:
+    """Why nothing can be said of faces where they were looked for; empty: something can."""
+    faces = [row.values["found"] for row in rows if "found" in row.values]
+    known = [share for share in faces if not math.isnan(share)]
+    if faces and not known:
+        return "no face is found in any real frame that drives: another --detector may find them"
+    if known and not any(known):
+        return "no face is found in any generated picture: the page shows them"
+    return ""
 
 
 def place_of(flag: str, uri: str) -> str:
@@ -89,7 +100,7 @@ def place_of(flag: str, uri: str) -> str:
     return runtime.location(flag, uri) if uri else ""
 
 
-def summarise(config: EvaluateConfig, found: Scores, left_out: Mapping[str, str]) -> None:
+def summarise(config: EvaluateConfig, found: Scores, left_out: Sequence[str]) -> None:
     """The tables, what is not in them, and where all of it is."""
     say = runtime.console.print
     for study, lines in found.tables().items():
@@ -104,8 +115,8 @@ def summarise(config: EvaluateConfig, found: Scores, left_out: Mapping[str, str]
             cells = [f"{m.value:.{digits}f}" if m and m.count else "–" for m in means]
             table.add_row(MEANINGS[name].title, *cells)
         say(table)
-    for score, why in left_out.items():
-        say(f"left out {score}: {why}")
+    for reason in left_out:
+        say(reason)
     say(f"page     {storage.join(config.output, scores.PAGE)}")
     say(f"scores   {storage.join(config.output, scores.SCORES)}, {scores.ROWS}")
     say(f"config   {storage.join(config.output, CONFIG)}")

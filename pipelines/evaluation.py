@@ -250,6 +250,8 @@ def reenactment(
 ) -> Iterator[Found]:
     """Self and cross re-enactment for every K that the dataset has frames for: the same targets for all, from the first K of the same pictures.
 
+    ``say`` is told what is left out.
+
     Raises:
         DatasetError: for no K are there enough.
     """
@@ -664,8 +666,8 @@ class Ready:
     networks: dict[str, tuple[Any, str]]
     """By study: the network, and the folder or URI of its bundle."""
     judge: Judge
-    left_out: dict[str, str]
-    """Score → why it cannot be had, and the cure."""
+    left_out: list[str]
+    """A line for each score that cannot be had: why, and the cure."""
 
 
 def prepare(config: EvaluateConfig) -> Ready:
@@ -690,18 +692,18 @@ def prepare(config: EvaluateConfig) -> Ready:
         identities.add(networks["aligner"][0].config.identity)
     for file in (file for name in identities for file in arcface.WEIGHTS[name]):
         weights.find(file)
-    left_out: dict[str, str] = {}
+    left_out: list[str] = []
     lpips = _unless_missing(Lpips, "LPIPS", left_out)
     inception = _unless_missing(Inception, "FID", left_out) if of_people else None
     return Ready(manifest, networks, Judge(config, device, lpips, inception), left_out)
 
 
-def _unless_missing(network: Callable[[], N], score: str, left_out: dict[str, str]) -> N | None:
+def _unless_missing(network: Callable[[], N], score: str, left_out: list[str]) -> N | None:
     """The network of a score, or None and a line in ``left_out``. Raises ``WeightsError`` for a wrong file."""
     try:
         return network()
     except MissingWeightsError as error:
-        left_out[score] = str(error)
+        left_out.append(f"{score} is left out: {error}")
         return None
 
 
@@ -723,10 +725,16 @@ def evaluate(
         DatasetError: the dataset is damaged, or has not what a network needs: frames, labels, pupils.
     """
     judge = ready.judge
-    for score, why in ready.left_out.items():
-        say(f"{score} is left out: {why}")
+    left_out: list[str] = []
+
+    def leave_out(line: str) -> None:
+        say(line)
+        left_out.append(line)
+
+    for line in ready.left_out:
+        leave_out(line)
     studies: dict[str, Callable[[Any], Iterator[Found]]] = {
-        "aligner": lambda network: reenactment(config, network, judge, say),
+        "aligner": lambda network: reenactment(config, network, judge, leave_out),
         "blender": lambda network: blending(config, network, judge),
         "motion": lambda network: following(config, network, judge),
     }
@@ -738,8 +746,7 @@ def evaluate(
                 began = time.perf_counter()
                 say(f"{name}: {count} pictures scored")
     version = ready.manifest["dataset_version"]
-    left_out = {"left_out": ready.left_out} if ready.left_out else {}
     return {
         "dataset": f"{public_url(config.dataset)}, version {version}, split {config.split}",
         "judged_by": {"identity": config.identity, "detector": config.detector, "landmarks": config.landmarker},
-    } | {name: provenance.describe_bundle(place) for name, (_, place) in ready.networks.items()} | left_out  # fmt: skip
+    } | {name: provenance.describe_bundle(place) for name, (_, place) in ready.networks.items()} | {"left_out": left_out}  # fmt: skip

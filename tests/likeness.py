@@ -56,9 +56,9 @@ def accept(folder: Path, patch: pytest.MonkeyPatch, names: Sequence[str] = NAMES
         patch.setitem(REGISTRY, name, entry)
 
 
-def hide(empty: Path, patch: pytest.MonkeyPatch) -> None:
-    """Have neither file on this machine, and nobody who sends it."""
+def hide(empty: Path, patch: pytest.MonkeyPatch, names: Sequence[str] = NAMES) -> None:
+    """Have none of the files on this machine, and nobody who sends them."""
     patch.setenv("HOME", str(empty))
     patch.delenv(weights.FOLDER_VARIABLE, raising=False)
-    for name in NAMES:
+    for name in names:
         patch.setitem(REGISTRY, name, replace(REGISTRY[name], url="http://127.0.0.1:9/nobody"))

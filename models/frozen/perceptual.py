@@ -51,9 +51,8 @@ class Inception(nn.Module):
     def __init__(self) -> None:
         """Load the network. Raises ``WeightsError``."""
         super().__init__()
-        path = find(
-            "inception"
-        )  # torch-fidelity unpickles it, hence only with the whole hash known
+        # torch-fidelity unpickles whatever is in it: only because all of its hash is known
+        path = find("inception")
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         self.network = FeatureExtractorInceptionV3(
@@ -85,5 +84,5 @@ def frechet_distance(made: Tensor, real: Tensor) -> float:
 
     one, other = (metric_fid.fid_features_to_statistics(each.double()) for each in (made, real))
     found = metric_fid.fid_statistics_to_metric(one, other, verbose=False)
-    # eigenvalues that are zero come out of rounding: for equal sets some 1e-6 below it
+    # rounding can take the distance of equal sets below 0
     return max(0.0, float(found[metric_fid.KEY_METRIC_FID]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from models import bundle
 from models.aligner.subject import of_person
 from models.frozen.weights import REGISTRY
 from pipelines import scores, tracking
+from pipelines.evaluation import Row
 from tests import likeness
 from tests.datasets import made_video, make_dataset
 from tests.swaps import toy_bundles
@@ -36,11 +38,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return output
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Making one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
+
+
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database: str) -> object:
     """Runs the job in this process, which has no networks for LPIPS and FID; returns its exit code."""
     likeness.hide(tmp_path / "home", monkeypatch)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
 
     def job(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["jobs/evaluate.py", *arguments])
@@ -51,6 +59,14 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
         return 0
 
     return job
+
+
+def metrics_of(output: Path) -> dict[str, float]:
+    """What MLflow has of the one run with this output."""
+    client = mlflow.MlflowClient(tracking.find_store(str(output), submitted=False).uri)
+    experiment = client.get_experiment_by_name("headray-evaluate")
+    (logged,) = client.search_runs([experiment.experiment_id], f"params.output = '{output}'")
+    return dict(logged.data.metrics)
 
 
 @pytest.mark.slow
@@ -64,7 +80,9 @@ def test_scores_are_written_logged_and_told(run, dataset, bundles, tmp_path, cap
     assert "no face is found in any generated picture" in told.err
     assert "index.html" in told.out
     for score, file in (("LPIPS", "alexnet-owt-7be5be79.pth"), ("FID", "weights-inception-2015-12-05-6726825d.pth")):  # fmt: skip
-        (line,) = [line for line in told.out.splitlines() if line.startswith(f"left out {score}:")]
+        (line,) = [
+            line for line in told.out.splitlines() if line.startswith(f"{score} is left out: ")
+        ][1:]  # and at the start
         assert file in line
         assert "put the file" in line
         assert "HEADRAY_WEIGHTS" in line
@@ -73,17 +91,15 @@ def test_scores_are_written_logged_and_told(run, dataset, bundles, tmp_path, cap
     assert found["scores"]["aligner"]["self, K = 1"]["psnr"]["count"] == 2
     assert set(found["scores"]["blender"]) == {"own colours", "other colours"}
     assert found["about"]["aligner"]["sha256"]
-    assert set(found["about"]["left_out"]) == {"LPIPS", "FID"}
+    assert [line.split(" is ")[0] for line in found["about"]["left_out"]] == ["LPIPS", "FID"]
     assert not {"lpips", "fid"} & {name for lines in found["scores"].values() for line in lines.values() for name in line}  # fmt: skip
     assert {path.name for path in output.glob("*.png")} == {"aligner-0.png", "blender-0.png", "blender-1.png"}  # fmt: skip
     page = (output / scores.PAGE).read_text()
     assert page.count("data:image/jpeg") == 3
     assert page.count("HEADRAY_WEIGHTS") == 2
-    client = mlflow.MlflowClient(tracking.find_store(str(output), submitted=False).uri)
-    experiment = client.get_experiment_by_name("headray-evaluate")
-    (logged,) = client.search_runs([experiment.experiment_id])
+    logged = metrics_of(output)
     value = found["scores"]["blender"]["own colours"]["psnr"]["value"]
-    assert logged.data.metrics["blender/own_colours/psnr"] == pytest.approx(value)
+    assert logged["blender/own_colours/psnr"] == pytest.approx(value)
     # the Blender alone needs no face
     alone = tmp_path / "alone"
     own = (flags[0], f"--output={alone}", "--samples=1", f"--blender={blender}")
@@ -116,7 +132,7 @@ def test_with_their_networks_lpips_and_fid_are_everywhere(
     assert "LPIPS" in told
     assert "FID" in told
     found = json.loads((output / scores.SCORES).read_text())
-    assert "left_out" not in found["about"]
+    assert found["about"]["left_out"] == []
     lines = found["scores"]["aligner"]
     distance, apart = lines["self, K = 1"]["lpips"], lines["cross, K = 1"]["fid"]
     assert distance["value"] > 0 < apart["value"]
@@ -130,15 +146,23 @@ def test_with_their_networks_lpips_and_fid_are_everywhere(
     values = [float(row["lpips"]) for row in rows if row["setting"] == "self, K = 1"]
     assert np.mean(values) == pytest.approx(distance["value"], rel=1e-4)
     assert all(row["lpips"] == "" for row in rows if row["setting"] == "cross, K = 1")
-    client = mlflow.MlflowClient(tracking.find_store(str(output), submitted=False).uri)
-    experiment = client.get_experiment_by_name("headray-evaluate")
-    (logged,) = client.search_runs([experiment.experiment_id])
-    assert logged.data.metrics["aligner/self_K1/lpips"] == pytest.approx(distance["value"])
-    assert logged.data.metrics["aligner/cross_K1/fid"] == pytest.approx(apart["value"])
+    logged = metrics_of(output)
+    assert logged["aligner/self_K1/lpips"] == pytest.approx(distance["value"])
+    assert logged["aligner/cross_K1/fid"] == pytest.approx(apart["value"])
     # another file of the same name is no reason to go on without it
     (folder / REGISTRY["alexnet"].file).write_bytes(b"something else")
     assert run(*flags) == 2
     assert "weights alexnet: " in capsys.readouterr().err
+
+
+def test_a_driver_without_a_face_is_not_the_networks_fault() -> None:
+    def rows(*shares: float) -> list[Row]:
+        values = [{"found": share} for share in shares]
+        return [Row(study="aligner", setting="", key="", driver="", values=each) for each in values]
+
+    assert "real frame" in evaluate.useless(rows(math.nan, math.nan))
+    assert "generated" in evaluate.useless(rows(math.nan, 0.0))
+    assert evaluate.useless(rows(0.0, 1.0)) == evaluate.useless([]) == ""
 
 
 def test_what_cannot_be_scored_is_said_in_one_line(run, dataset, bundles, tmp_path, capsys) -> None:

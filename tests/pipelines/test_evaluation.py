@@ -26,6 +26,7 @@ from models.blender.masks import make_masks
 from models.blender.network import Blended, BlenderConfig
 from models.frozen.landmarks import load_landmarker
 from models.frozen.perceptual import Lpips
+from models.frozen.weights import MissingWeightsError
 from pipelines import evaluation, scores
 from pipelines.evaluation import EvaluateConfig, Found, Judge, Row, Sheet, Whole
 from pipelines.output import ConfigError
@@ -393,6 +394,11 @@ def test_inputs_that_cannot_be_used(dataset: str, tmp_path: Path) -> None:
     ):
         with pytest.raises((ConfigError, DatasetError), match=told):
             evaluation.prepare(settings(**{"dataset": dataset} | change))
+    # before anything is scored, not when a face is first looked at
+    with pytest.MonkeyPatch.context() as patch:
+        likeness.hide(tmp_path, patch, ["ir_se50"])
+        with pytest.raises(MissingWeightsError, match="weights ir_se50"):
+            evaluation.prepare(settings(dataset, aligner=aligner, identity="arcface"))
     for wrong in ({"samples": 0}, {"batch": 0}, {"shots": ()}, {"shots": (0,)}, {"seed": -1}):
         with pytest.raises(ValueError, match=r"at least 1|from 1|seed must be 0"):
             settings(dataset, **wrong)
