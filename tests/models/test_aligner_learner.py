@@ -348,6 +348,9 @@ def test_evaluation_changes_nothing_and_tells_leakage_on_crossed_pairs():
     inside = (batch.target_valid > 0).expand_as(straight)
     gaps = (straight - learner.compared(batch.target, batch)).abs()
     torch.testing.assert_close(metrics["loss/l1"], gaps[inside].mean())
+    made = learner.compared(straight, batch, is_generated=True)
+    likeness = cosine(learner.look_at_faces(made, batch)[0], targets.roll(1, 0)).mean()
+    torch.testing.assert_close(metrics["health/csim_self"], likeness)
     everywhere = replace(batch, target_valid=torch.ones_like(batch.target_valid))
     assert learner.eval_step(everywhere)["loss/dice"] != metrics["loss/dice"]
     assert set(learner.eval_step(drawn_batch(people=1, moves=1))) == {
