@@ -152,6 +152,18 @@ def test_blurs_spread_a_point_little_and_leave_a_step_where_it_is() -> None:
             0.5, abs=1e-4
         )
     assert 0.7 < max(spreads) < 1.01, "variances: at most the square of a σ of 1 px"
+    still = sum(
+        torch.equal(augment.blur(point, np.random.default_rng(s)), point) for s in range(60)
+    )
+    assert 10 < still < 30, "a third: means and medians of one pixel"
+
+
+def test_random_fields_differ_from_place_to_place_and_from_view_to_view() -> None:
+    grey = torch.full((2, 3, 16, 16), 0.5)
+    for operation in (augment.noise, augment.edges):
+        made = operation(grey, np.random.default_rng(3))
+        assert made.std(dim=(2, 3)).min() > 1e-4, operation.__name__
+        assert not torch.equal(made[0], made[1]), operation.__name__
 
 
 def test_a_jpeg_is_coarse_and_keeps_its_colours() -> None:

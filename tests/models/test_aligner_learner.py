@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from models import losses
+from models.aligner.batch import AlignerBatch
 from models.aligner.learner import (
     VGG_LAYERS,
     AlignerLearner,
@@ -286,6 +287,21 @@ def test_the_last_block_fades_in_with_the_samples():
         replace(config, network=replace(NETWORK, schedule="lpd"))
 
 
+def test_pictures_are_compared_in_full_precision(monkeypatch):
+    """What bfloat16 networks made is widened before anything is added to it."""
+    learner = tiny_learner(replace(LEARNER, vgg="none", precision="bf16"))
+    seen = []
+    compared = learner.compared
+
+    def spy(images: Tensor, batch: AlignerBatch, *, is_generated: bool = False) -> Tensor:
+        seen.append(images.dtype)
+        return compared(images, batch, is_generated=is_generated)
+
+    monkeypatch.setattr(learner, "compared", spy)
+    learner.train_step(drawn_batch(people=1, moves=1), 0)
+    assert seen == [torch.float32] * 2
+
+
 @pytest.mark.slow
 def test_bf16_changes_the_losses_little():
     batch = drawn_batch()
@@ -331,6 +347,11 @@ def test_evaluation_changes_nothing_and_tells_leakage_on_crossed_pairs():
     inside = (batch.target_valid > 0).expand_as(straight)
     gaps = (straight - learner.compared(batch.target, batch)).abs()
     torch.testing.assert_close(metrics["loss/l1"], gaps[inside].mean())
+    made = learner.compared(straight, batch, is_generated=True)
+    likeness = cosine(learner.look_at_faces(made, batch)[0], targets.roll(1, 0)).mean()
+    torch.testing.assert_close(metrics["health/csim_self"], likeness)
+    everywhere = replace(batch, target_valid=torch.ones_like(batch.target_valid))
+    assert learner.eval_step(everywhere)["loss/dice"] != metrics["loss/dice"]
     assert set(learner.eval_step(drawn_batch(people=1, moves=1))) == {
         "loss/l1",
         "loss/dice",

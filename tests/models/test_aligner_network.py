@@ -23,6 +23,8 @@ from models.aligner.network import (
     grow,
     import_lpd,
     load_imagenet,
+    motion_encoder,
+    portrait_encoder,
 )
 from models.layers import Spectral
 from tests.aligners import NETWORK, SIZE
@@ -291,6 +293,29 @@ def test_a_checkpoint_round_trip_is_strict():
 def test_impossible_configs_are_refused(options, told):
     with pytest.raises(ValueError, match=told):
         replace(NETWORK, **options)
+
+
+def test_every_encoder_begins_with_the_weights_of_its_file(monkeypatch, tmp_path):
+    """Narrow files, whose heads have other classes."""
+    config = replace(NETWORK, norm="frozen")
+    torch.manual_seed(0)
+    files = {
+        "resnext50": portrait_encoder(replace(config, portrait_dim=7)).network,
+        "mobilenet_v2": motion_encoder(config, 9).network,
+    }
+    for name, network in files.items():
+        torch.save(network.state_dict(), tmp_path / name)
+    monkeypatch.setattr("models.aligner.network.find", tmp_path.__truediv__)
+    aligner = Aligner(config)
+    encoders = {"portrait": "resnext50", "pose": "mobilenet_v2", "expression": "mobilenet_v2"}
+    before = {key: value.clone() for key, value in aligner.state_dict().items()}
+    load_imagenet(aligner)
+    for name, file in encoders.items():
+        theirs = files[file].state_dict()
+        for key, value in getattr(aligner, name).network.state_dict().items():
+            is_head = key.startswith(("fc.", "classifier."))
+            expected = before[f"{name}.network.{key}"] if is_head else theirs[key]
+            assert torch.equal(value, expected), (name, key)
 
 
 @pytest.mark.slow

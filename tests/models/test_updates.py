@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from models.layers import spectral
 from models.updates import (
@@ -115,6 +116,20 @@ def test_autocast_computes_in_bf16_only_when_asked():
         assert layer(x).dtype == torch.bfloat16
     with autocast(torch.device("cpu"), "fp32"):
         assert layer(x).dtype == torch.float32
+
+
+def test_ranks_talk_once_a_step(tmp_path):
+    """Gradients are reduced with the last micro-batch, when all are there."""
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        wrapped = DistributedDataParallel(nn.Linear(5, 1).double())
+        batch = Rows([str(i) for i in range(6)], torch.randn(6, 5, dtype=torch.float64))
+        talks = [wrapped.require_backward_grad_sync for _ in micro_batches(batch, 3, [wrapped])]
+    finally:
+        distributed.destroy_process_group()
+    assert talks == [False, False, True]
 
 
 def refusing_rank(rank: int, store: str, found: multiprocessing.Queue) -> None:

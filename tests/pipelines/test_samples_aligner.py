@@ -210,6 +210,8 @@ def test_pictures_and_landmarks_are_those_of_their_frames(dataset: str, reader: 
         assert np.allclose(batch.landmarks[number], face_points(128, turn), atol=1e-3)
         mean = reference.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
         assert np.abs(image_of(batch.driving[number]) - mean).max() < 1.01
+    smaller = next(train(PLAIN, dataset))
+    assert torch.allclose(2 * smaller.landmarks, batch.landmarks, atol=1e-3)
 
 
 def test_the_range_ends_at_one() -> None:
@@ -398,7 +400,7 @@ def test_the_border_is_between_pixel_centres() -> None:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_border_is_that_of_the_targets_own_frame(dataset: str, flip: bool) -> None:
-    """Every frame's window reaches farther beyond the left edge than the last one's; its scale is that of the pictures."""
+    """Every window reaches farther beyond the left edge than the last one's, and all beyond the lower edge of 1080 pixels."""
     samples = AlignerSamples(replace(PLAIN, flip=float(flip)), dataset, "train")
     each = draw(samples.reader, samples.config, generator(0, 3), 2)
     needed = samples.pieces(each)
@@ -409,11 +411,12 @@ def test_the_border_is_that_of_the_targets_own_frame(dataset: str, flip: bool) -
     count = int(samples.reader.frames[track])
     matrices = np.tile(np.array([[0.2, 0, 0], [0, 0.2, 0]], np.float32), (count, 1, 1))
     matrices[:, 0, 2] = 10 + 10 * np.arange(count)
+    matrices[:, 1, 2] = 100 - 0.2 * 1080
     members[first] = [record, landmarks, npy_bytes(matrices)]
     valid = samples.sample(each, members, generator(0, 0))["target_valid"][0]
     border = (10 + 10 * frame) // 2  # of 64 pixels, where the dataset has 128
     expected = torch.ones(64, 64)
-    expected[:, :border] = 0
+    expected[:, :border] = expected[50:] = 0
     assert torch.equal(valid, expected.flip(1) if flip else expected)
 
 

@@ -157,6 +157,13 @@ def test_an_absent_label_is_replaced_along_its_chain(absent, chain):
         assert (fall_back(a, t, TABLE, 5) == -1).all()  # four cells are too few then
 
 
+def test_nothing_serves_in_the_place_of_the_ring():
+    ring, skin = len(NAMES), NAMES.index("skin")
+    a = torch.full((1, 1, 4), ring)
+    assert (fall_back(a, torch.full((1, 4, 4), skin), TABLE, 1) == -1).all()
+    assert (fall_back(a, torch.full((1, 4, 4), ring), TABLE, 1) == ring).all()
+
+
 def test_absent_labels_get_finite_colours_that_are_not_grey():
     a_frame = drawn(0)
     t_frame = drawn(1, without=(ParsingLabel.NOSE, ParsingLabel.L_EYE))

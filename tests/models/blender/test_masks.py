@@ -129,6 +129,22 @@ def test_groups_number_the_ring_last():
     assert torch.equal(groups[:, None] == NO_GROUP, masks.painted == 0)
 
 
+def test_noise_is_made_of_discs_squares_and_strokes():
+    """By how much of its bounding box a drawing fills: a square all of it, a disc π / 4, a slanted stroke little."""
+    head = torch.zeros(1, 64, 64)
+    head[0, 32, 32] = 1
+    fills = []
+    for seed in range(150):
+        noise = draw_noise(head, torch.Generator().manual_seed(seed))[0]
+        if noise.any():
+            rows, columns = noise.any(dim=1).sum(), noise.any(dim=0).sum()
+            if min(rows, columns) > 7:
+                fills.append((noise.sum() / (rows * columns)).item())
+    assert sum(fill == 1 for fill in fills) > 3
+    assert sum(0.74 < fill < 0.83 for fill in fills) > 3
+    assert sum(fill < 0.6 for fill in fills) > 3
+
+
 def test_noise_touches_the_outline_and_is_a_function_of_the_generator():
     head = make_masks(*[drawn(0).labels[None]] * 2, 2).head_a[0]
     drawings = [draw_noise(head, torch.Generator().manual_seed(i)) for i in range(30)]

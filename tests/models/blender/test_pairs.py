@@ -218,6 +218,8 @@ def test_draws_fill_their_ranges_on_both_sides():
     assert 14 < turns.max() <= 15
     for coin, share in (("mirrored", 0.7), ("other_frame", 0.3), ("same_identity", 0.5), ("noisy", 0.5), ("reenacted", 0.25), ("replaced", 0.5)):  # fmt: skip
         assert abs(sum(getattr(each, coin) for each in draws) / 300 - share) < 0.1, coin
+    unlike = sum(each.other_frame and not each.mirrored for each in draws) / 300
+    assert abs(unlike - 0.3 * 0.3) < 0.05, "every coin is thrown by itself"
 
 
 def test_shearing_is_opencvs():

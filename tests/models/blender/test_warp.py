@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.peak import PeakBytes
+from models.blender import warp as warp_module
 from models.blender.masks import group_map, make_masks, to_cells
 from models.blender.warp import WarpConfig, group_by_label, unit_features, warp
 from tests.material import REPOSITORY, SHARED, needs_shared
@@ -198,13 +199,22 @@ def test_coarse_features_are_matched_in_float32(backend):
     assert torch.equal(out, warp(a.float(), t.float(), values.float(), *labels, config).values)
 
 
-def test_the_precision_of_products_is_given_back():
-    labels = label_pair("many")
+def test_products_are_exact_and_the_precision_is_given_back(monkeypatch):
+    """Forward and backward; on a GPU a process may have chosen TF32."""
+    labels, inside = label_pair("many"), []
+    pieces = warp_module._pieces
+
+    def spy(*arguments):
+        inside.append(torch.get_float32_matmul_precision())
+        return pieces(*arguments)
+
+    monkeypatch.setattr(warp_module, "_pieces", spy)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         outcome(*labels, torch.float32, WarpConfig())
         assert torch.get_float32_matmul_precision() == "medium"
+        assert inside == ["highest", "highest"]
     finally:
         torch.set_float32_matmul_precision(before)
 
