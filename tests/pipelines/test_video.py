@@ -28,7 +28,9 @@ from pipelines.video import (
     VideoError,
     VideoInfo,
     decodes_at_end,
+    encode_part,
     frame_times,
+    join,
     nearest,
     probe,
     thumb_size,
@@ -399,6 +401,9 @@ def test_ten_bit_goes_to_pyav(clip: Clip, decoder: Decoder) -> None:
         ("pq.mp4", {"colour": clips.PQ}, Cause.VIDEO_HDR),
         ("hlg.mp4", {"colour": clips.HLG}, Cause.VIDEO_HDR),
         ("wide.mp4", {"colour": replace(clips.PQ, transfer_tag=14)}, Cause.VIDEO_HDR),
+        # by its curve alone
+        ("pq709.mp4", {"colour": replace(clips.BT709, transfer_tag=16)}, Cause.VIDEO_HDR),
+        ("hlg709.mp4", {"colour": replace(clips.BT709, transfer_tag=18)}, Cause.VIDEO_HDR),
     ],
 )
 def test_hdr_is_refused(clip: Clip, name: str, options: dict[str, Any], cause: Cause) -> None:
@@ -406,6 +411,17 @@ def test_hdr_is_refused(clip: Clip, name: str, options: dict[str, Any], cause: C
     with pytest.raises(VideoError) as refusal:
         probe(path)
     assert refusal.value.cause == cause
+
+
+def test_a_joined_video_shows_its_last_picture_as_long_as_the_one_before(tmp_path: Path) -> None:
+    """Or a player ends with it, and the sound's last moments are lost."""
+    part = tmp_path / "part.mp4"
+    assert encode_part(part, indexed(3), Fraction(10), "h264") == 3
+    joined = tmp_path / "joined.mp4"
+    join(joined, [part], [0.0, 0.1, 0.4])
+    assert frame_times(joined).tolist() == pytest.approx([0.0, 0.1, 0.4])
+    with av.open(str(joined)) as file:
+        assert file.duration / av.time_base == pytest.approx(0.7, abs=0.002)
 
 
 def test_interlaced_is_refused(clip: Clip) -> None:
