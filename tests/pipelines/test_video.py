@@ -424,6 +424,39 @@ def test_a_joined_video_shows_its_last_picture_as_long_as_the_one_before(tmp_pat
         assert file.duration / av.time_base == pytest.approx(0.7, abs=0.002)
 
 
+@pytest.mark.parametrize(
+    "audio_codec", ["aac", "libopus"]
+)  # one is copied into an mp4, the other encoded again
+def test_sound_of_a_file_that_starts_later_stays_beside_its_pictures(
+    clip: Clip, tmp_path: Path, audio_codec: str
+) -> None:
+    """Recordings of broadcasts count from some hour of the day. Pictures are counted from the container's start, so must be sound."""
+    later = tmp_path / "later.mkv"
+    name, codec = (
+        ("opus.webm", "libvpx-vp9") if audio_codec == "libopus" else ("aac.mp4", "libx264")
+    )
+    with (
+        av.open(str(clip(name, indexed(20), codec=codec, audio_seconds=0.8))) as source,
+        av.open(str(later), "w") as made,
+    ):
+        streams = {stream.index: made.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None:
+                shift = round(1.5 / packet.time_base)
+                packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                packet.stream = streams[packet.stream_index]
+                made.mux(packet)
+    times = frame_times(later).tolist()
+    assert times[0] < 0.1
+    part, joined = tmp_path / "part.mp4", tmp_path / "joined.mp4"
+    encode_part(part, indexed(20), Fraction(25), "h264")
+    join(joined, [part], times, sound=later)
+    with av.open(str(joined)) as file:
+        packets = [packet for packet in file.demux(audio=0) if packet.pts is not None]
+        assert float(packets[0].pts * packets[0].time_base) == pytest.approx(0, abs=0.1)
+        assert float(packets[-1].pts * packets[-1].time_base) == pytest.approx(0.8, abs=0.15)
+
+
 def test_interlaced_is_refused(clip: Clip) -> None:
     path = clip("interlaced.mp4", indexed(3), options={"x264-params": "interlaced=1"})
     with pytest.raises(VideoError, match="interlaced: h264 160x120"):
