@@ -178,7 +178,8 @@ def take_down(
     """Take people or videos out of a published dataset, for good.
 
     Their samples leave the shards (only those that hold one are written again), the index and the report; the work
-    folder loses their parts and all downloads; the ledger keeps one line a video, which says that it was taken down.
+    folder loses their parts and saved rows, of videos that were never published too, and all downloads; the ledger
+    keeps one line a video, which says that it was taken down.
     ``takedowns.json`` remembers the names, so that no later run of ``preprocess`` on this output brings them back.
     The dataset version rises when a shard changed.
 

@@ -32,6 +32,13 @@ def test_content_area_of_a_video(bar: tuple[int, int], tmp_path: Path) -> None:
     assert np.abs(bars.content_area(light) - wanted).max() <= 2
 
 
+def test_content_area_is_exact() -> None:
+    """Right and bottom are the first that do not belong to it, as of every box."""
+    light = np.zeros((120, 160), np.uint8)
+    light[16:104, 21:139] = 200
+    assert bars.content_area(light).tolist() == [21, 16, 139, 104]
+
+
 def test_black_video(tmp_path: Path) -> None:
     frames = [np.zeros((120, 160, 3), np.uint8)] * 3
     path = clips.encode(tmp_path / "black.mp4", frames)

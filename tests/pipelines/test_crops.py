@@ -105,7 +105,8 @@ def test_a_face_is_plausible_at_any_size_and_place():
             "apart",
         ),
         (lambda p: p[::1] * [-1, -1], "turned by"),
-        (lambda p: transform(similarity(1, 1.2), p), "turned by"),
+        (lambda p: transform(similarity(1, 1.2), p), "turned by 69"),
+        (lambda p: transform(similarity(1, -1.2), p), "turned by -69"),
         (lambda p: p * [-1, 1], "turned by"),  # left and right exchanged
         (lambda p: p * np.where(np.arange(68)[:, None] == 8, [1, -1], 1), "out of order"),
         (lambda p: p * np.where(np.arange(68)[:, None] >= 48, [1, 0.4], 1), "out of order"),

@@ -214,6 +214,23 @@ def test_other_ways_to_serve_a_video(
 
 
 @pytest.mark.slow
+def test_a_stream_without_one_of_its_pieces_is_no_video(site: VideoSite, tmp_path: Path) -> None:
+    """By default yt-dlp leaves out what it cannot get and calls that success."""
+    piece = b"#EXTINF:4.0,\n%b\n"
+    site.pages["/holed.m3u8"] = Page(
+        body=b"#EXTM3U\n#EXT-X-TARGETDURATION:4\n"
+        + piece % b"clip.mp4"
+        + piece % b"gone.mp4"
+        + b"#EXT-X-ENDLIST\n",
+        type="application/vnd.apple.mpegurl",
+    )
+    config = replace(CONFIG, retries=0)
+    failed = fetch(video(site.url("/holed.m3u8")), config, str(tmp_path))
+    assert not failed.live
+    assert failed.blob == ""
+
+
+@pytest.mark.slow
 def test_a_connection_that_breaks_is_taken_up_again_but_not_for_ever(
     site: VideoSite, folder: Path, tmp_path: Path
 ) -> None:

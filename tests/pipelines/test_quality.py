@@ -291,6 +291,16 @@ def test_like_windows_in_another_order_or_place_are_no_copy() -> None:
     assert quality.copy_distance(one, candidate("b", marks[:5], hashes[:5])) == 1
 
 
+def test_two_clips_that_share_less_than_half_of_the_shorter_are_both_kept() -> None:
+    """The second begins 19 windows into the first: of 32 they share 13. With 16 they would be copies."""
+    random = np.random.default_rng(6)
+    marks = np.column_stack([np.arange(32) / 5, np.full((32, 2), 0.5)]).astype(np.float32)
+    hashes = random.integers(0, 256, (64, 32)).astype(np.uint8)
+    one = candidate("a", marks, hashes[:32])
+    assert quality.copy_distance(one, candidate("b", marks, hashes[19:51])) > 0.2
+    assert quality.copy_distance(one, candidate("b", marks, hashes[16:48])) == 0
+
+
 def test_hashes_survive_noise_and_size_and_tell_faces_apart() -> None:
     def bits(picture: Picture) -> NDArray[np.uint8]:
         grey = quality.read_grey(crops.encode(picture, 90), len(picture))

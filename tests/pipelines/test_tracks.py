@@ -29,6 +29,7 @@ from pipelines.tracks import (
     Sighting,
     Tracker,
     TracksConfig,
+    fill_gaps,
     finish,
     grid_frames,
     judge,
@@ -731,6 +732,20 @@ def test_an_empty_room_is_given_up_before_its_end(tmp_path: Path, decoder: Decod
     video = row(draw(tmp_path / "empty.mp4", [], 90), annotate(walk, 2, 70, 0.0))
     assert follow(video, decoder, detector, config()).cause == Cause.TRACK_NO_FACE.value
     assert 2 <= detector.searched <= 6
+
+
+def test_a_gap_is_not_filled_with_the_neighbours_face(tmp_path: Path, decoder: Decoder) -> None:
+    """One face is drawn, and is somebody's already; whoever should be close by was not seen in that frame."""
+    path = draw(tmp_path / "one.mp4", [lambda _: (100, 90, 40)], 12)
+    box, beside = (80, 70, 120, 110), (95, 70, 135, 110)
+    there = Chain({i: face_rows(box)[0] for i in range(3)})
+    gone = Chain({i: face_rows(beside)[0] for i in (0, 2)})
+    alone = Chain({i: face_rows(beside)[0] for i in (0, 2)})
+    frames, info = np.array([2, 4, 6]), probe(path)
+    fill_gaps(str(path), info, frames, [there, gone], decoder, SquareDetector())
+    assert gone.gaps == [1]
+    fill_gaps(str(path), info, frames, [alone], decoder, SquareDetector())
+    assert iou(alone.faces[1][:4], box)[0, 0] > 0.8
 
 
 def test_a_hole_between_two_searched_parts_is_no_cut(tmp_path: Path, decoder: Decoder) -> None:

@@ -28,7 +28,9 @@ from pipelines.video import (
     VideoError,
     VideoInfo,
     decodes_at_end,
+    encode_part,
     frame_times,
+    join,
     nearest,
     probe,
     thumb_size,
@@ -399,6 +401,9 @@ def test_ten_bit_goes_to_pyav(clip: Clip, decoder: Decoder) -> None:
         ("pq.mp4", {"colour": clips.PQ}, Cause.VIDEO_HDR),
         ("hlg.mp4", {"colour": clips.HLG}, Cause.VIDEO_HDR),
         ("wide.mp4", {"colour": replace(clips.PQ, transfer_tag=14)}, Cause.VIDEO_HDR),
+        # by its curve alone
+        ("pq709.mp4", {"colour": replace(clips.BT709, transfer_tag=16)}, Cause.VIDEO_HDR),
+        ("hlg709.mp4", {"colour": replace(clips.BT709, transfer_tag=18)}, Cause.VIDEO_HDR),
     ],
 )
 def test_hdr_is_refused(clip: Clip, name: str, options: dict[str, Any], cause: Cause) -> None:
@@ -406,6 +411,50 @@ def test_hdr_is_refused(clip: Clip, name: str, options: dict[str, Any], cause: C
     with pytest.raises(VideoError) as refusal:
         probe(path)
     assert refusal.value.cause == cause
+
+
+def test_a_joined_video_shows_its_last_picture_as_long_as_the_one_before(tmp_path: Path) -> None:
+    """Or a player ends with it, and the sound's last moments are lost."""
+    part = tmp_path / "part.mp4"
+    assert encode_part(part, indexed(3), Fraction(10), "h264") == 3
+    joined = tmp_path / "joined.mp4"
+    join(joined, [part], [0.0, 0.1, 0.4])
+    assert frame_times(joined).tolist() == pytest.approx([0.0, 0.1, 0.4])
+    with av.open(str(joined)) as file:
+        assert file.duration / av.time_base == pytest.approx(0.7, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    "audio_codec", ["aac", "libopus"]
+)  # one is copied into an mp4, the other encoded again
+def test_sound_of_a_file_that_starts_later_stays_beside_its_pictures(
+    clip: Clip, tmp_path: Path, audio_codec: str
+) -> None:
+    """Recordings of broadcasts count from some hour of the day. Pictures are counted from the container's start, so must be sound."""
+    later = tmp_path / "later.mkv"
+    name, codec = (
+        ("opus.webm", "libvpx-vp9") if audio_codec == "libopus" else ("aac.mp4", "libx264")
+    )
+    with (
+        av.open(str(clip(name, indexed(20), codec=codec, audio_seconds=0.8))) as source,
+        av.open(str(later), "w") as made,
+    ):
+        streams = {stream.index: made.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None:
+                shift = round(1.5 / packet.time_base)
+                packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                packet.stream = streams[packet.stream_index]
+                made.mux(packet)
+    times = frame_times(later).tolist()
+    assert times[0] < 0.1
+    part, joined = tmp_path / "part.mp4", tmp_path / "joined.mp4"
+    encode_part(part, indexed(20), Fraction(25), "h264")
+    join(joined, [part], times, sound=later)
+    with av.open(str(joined)) as file:
+        packets = [packet for packet in file.demux(audio=0) if packet.pts is not None]
+        assert float(packets[0].pts * packets[0].time_base) == pytest.approx(0, abs=0.1)
+        assert float(packets[-1].pts * packets[-1].time_base) == pytest.approx(0.8, abs=0.15)
 
 
 def test_interlaced_is_refused(clip: Clip) -> None:
