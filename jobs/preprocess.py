@@ -335,13 +335,13 @@ def plan_rows(told: Forecast) -> list[tuple[str, str, str]]:
         line("to download, GB", told.download_bytes, 1e9, 2),
         (
             "hours for one address",
-            f"{told.address_hours:,.1f}",
+            f"{told.address_hours:,.2f}",
             f"{forecast.VIDEOS_PER_HOUR} videos/h",
         ),
         line("frames, at most", told.frames),
         line("dataset, GB, at most", told.dataset_bytes, 1e9, 2),
         line("disk for OUTPUT/work, GB", told.work_bytes, 1e9, 2),
-        line("CPU-hours", told.cpu_hours, 1, 1),
+        line("CPU-hours", told.cpu_hours, 1, 2),
     ]
 
 
