@@ -453,7 +453,7 @@ def summarise_training(
     if waiting:
         say(f"{waiting} records wait for MLflow; the same command sends them when it is back")
     more = again("training.samples", 2 * work.config.samples)
-    say(f"next     {more}  (goes on from here)")
+    say(f"go on    {more}")
 
 
 def log_made(
