@@ -80,6 +80,10 @@ def job() -> None:
     """Parse, find the checkpoint, write the bundle."""
     config = runtime.parse(PRESETS, __doc__ or "")
     run, output = runtime.location("run", config.run), runtime.location("output", config.output)
+    if storage.names_below(output) and not storage.exists(storage.join(output, bundle.CARD)):
+        runtime.usage(
+            f"--output {output}: holds files that are no bundle, a run perhaps; give an empty folder"
+        )
     try:
         told = json.loads(storage.read_bytes(storage.join(run, CONFIG)))
         learner = LEARNERS[told["job"]](told["config"])

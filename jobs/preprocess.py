@@ -38,7 +38,7 @@ from pipelines.forecast import Forecast, Range
 from pipelines.identities import IdentitiesConfig, advise_test_share
 from pipelines.limiter import find_pauses
 from pipelines.listing import shown
-from pipelines.output import ConfigError, NothingUsableError, OutputLock
+from pipelines.output import NothingUsableError, OutputLock
 from pipelines.preprocess import Outcome, PreprocessConfig
 from pipelines.progress import Progress
 from pipelines.quality import QualityConfig
@@ -98,28 +98,10 @@ def connect(config: PreprocessConfig) -> PreprocessConfig:
         config = preprocess.on_one_machine(config, cores)
     runtime.connect(config.minimum_cpus)
     if not nodes.may_grow():
-        require_gpus(config, nodes.gpus())
+        preprocess.require_gpus(config, nodes.gpus())
         if not cores:
             config = preprocess.on_fixed_cluster(config, nodes.rooms())
     return config
-
-
-def require_gpus(config: PreprocessConfig, there: float) -> None:
-    """Raises :class:`ConfigError` when stages ask for more GPUs than will ever be there: Ray would wait for them without end."""
-    wanted = {
-        name: max(pool.min_actors, pool.first_actors, 1) * pool.num_gpus
-        for name in preprocess.SHARES
-        if (pool := getattr(config, name).resources).num_gpus
-    }
-    if sum(wanted.values()) > there:
-        flags = ", ".join(
-            f"--{name}.resources.num-gpus {getattr(config, name).resources.num_gpus:g}"
-            for name in wanted
-        )
-        raise ConfigError(
-            f"{flags}: needs {sum(wanted.values()):g} GPUs, and Ray finds {there:g} here and no way to more; give 0 to run on "
-            "CPUs, or a smaller share"
-        )
 
 
 def job() -> None:
@@ -335,13 +317,13 @@ def plan_rows(told: Forecast) -> list[tuple[str, str, str]]:
         line("to download, GB", told.download_bytes, 1e9, 2),
         (
             "hours for one address",
-            f"{told.address_hours:,.1f}",
+            f"{told.address_hours:,.2f}",
             f"{forecast.VIDEOS_PER_HOUR} videos/h",
         ),
         line("frames, at most", told.frames),
         line("dataset, GB, at most", told.dataset_bytes, 1e9, 2),
         line("disk for OUTPUT/work, GB", told.work_bytes, 1e9, 2),
-        line("CPU-hours", told.cpu_hours, 1, 1),
+        line("CPU-hours", told.cpu_hours, 1, 2),
     ]
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -87,9 +88,13 @@ def parse(presets: Mapping[str, Config], description: str) -> Config:
     if len(names) > 1:
         told += f"\n\nPresets: {', '.join(names)} (now: {name}; give it as the first word)."
     try:
-        return tyro.cli(type(default), default=default, args=arguments, description=told)
+        config = tyro.cli(type(default), default=default, args=arguments, description=told)
     except ValueError as error:  # a check in __post_init__, which names the field and the value
         usage(str(error))
+    if len(names) > 1:
+        others = ", ".join(each for each in names if each != name)
+        console.print(f"preset   {name} (others: {others})")
+    return config
 
 
 def again(flag: str, value: object, without: str = "") -> str:
@@ -132,6 +137,8 @@ def usage(message: str) -> NoReturn:
 def main(job: Callable[[], None]) -> None:
     """Run a job and end the process with the code of docs/formats.md: 0 done, 2 usage, 3 nothing usable, 1 our fault."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if callable(signal.getsignal(signal.SIGINT)):  # of script_path, until here
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         job()
     except USER_ERRORS as error:
@@ -446,7 +453,7 @@ def summarise_training(
     if waiting:
         say(f"{waiting} records wait for MLflow; the same command sends them when it is back")
     more = again("training.samples", 2 * work.config.samples)
-    say(f"next     {more}  (goes on from here)")
+    say(f"go on    {more}")
 
 
 def log_made(

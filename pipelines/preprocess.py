@@ -309,6 +309,24 @@ def check_weights(config: PreprocessConfig) -> None:
         weights.find(name)
 
 
+def require_gpus(config: PreprocessConfig, there: float) -> None:
+    """Raises :class:`ConfigError` when stages ask for more GPUs than will ever be there: Ray would wait for them without end."""
+    wanted = {
+        name: max(pool.min_actors, pool.first_actors, 1) * pool.num_gpus
+        for name in SHARES
+        if (pool := getattr(config, name).resources).num_gpus
+    }
+    if sum(wanted.values()) > there:
+        flags = ", ".join(
+            f"--{name}.resources.num-gpus {getattr(config, name).resources.num_gpus:g}"
+            for name in wanted
+        )
+        raise ConfigError(
+            f"{flags}: needs {sum(wanted.values()):g} GPUs, and Ray finds {there:g} here and no way to more; give 0 to run on "
+            "CPUs, or a smaller share"
+        )
+
+
 def open_list(config: PreprocessConfig) -> Iterator[Video]:
     """The videos of the list, with their files if an archive is to give them.
 
@@ -615,21 +633,10 @@ def publish(
         if before["list_sha256"] == list_sha256 and not any(shards.committed(output)):
             return before, 0
     made = pack(config, listed, before.get("buckets", {}), progress)
-    splits, gone, records = made.splits, made.gone, made.records
     memory.give_back()
-    tally = Tally()
-    retryable = 0
-
-    def ledger() -> Iterator[dict[str, Any]]:
-        nonlocal retryable
-        for commit in shards.load_commits(output, listed.by_key()):
-            video = commit.video
-            retryable += video.state == "failed" and video.attempts < config.max_attempts
-            for row in shards.ledger_rows(commit, decisions(commit, splits, gone)):
-                yield tally.see(row)
-
-    shards.write_ledger(ledger(), output)
+    tally, retryable = account(config, listed, made)
     memory.give_back()
+    records = made.records
     listing = [
         {
             "name": record["name"],
@@ -656,7 +663,7 @@ def publish(
         "twins": [
             [pair.one, pair.other, pair.cosine]
             for pair in made.twins
-            if pair.one in splits and pair.other in splits
+            if pair.one in made.splits and pair.other in made.splits
         ],
         "buckets": made.buckets,
         "shards": listing,
@@ -679,6 +686,32 @@ def publish(
         if name not in named:
             storage.remove(storage.join(output, "shards", name))
     return manifest, retryable
+
+
+def account(config: PreprocessConfig, listed: Listed, made: Packed) -> tuple[Tally, int]:
+    """Write the ledger: a row for every video of the list and every track, with what was decided of it.
+
+    Args:
+        config: of the run.
+        listed: all videos of the list; each has a commit.
+        made: what was decided of the samples.
+
+    Returns:
+        the counts of all rows, and how many failed videos the next run will try again.
+    """
+    tally = Tally()
+    retryable = 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal retryable
+        for commit in shards.load_commits(config.output, listed.by_key()):
+            video = commit.video
+            retryable += video.state == "failed" and video.attempts < config.max_attempts
+            for row in shards.ledger_rows(commit, decisions(commit, made.splits, made.gone)):
+                yield tally.see(row)
+
+    shards.write_ledger(rows(), config.output)
+    return tally, retryable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,8 @@ def read_sources(
     """
     found: list[Source] = []
     for uri in uris:
+        if not storage.exists(uri):
+            raise ConfigError(f"--source {uri}: no such file")
         try:
             picture = read_picture(uri)
         except ConfigError as error:

@@ -91,3 +91,15 @@ def test_a_private_ray_is_shown_its_token_by_jobs_that_import_ray_first() -> Non
     )  # fmt: skip
     assert told.returncode == 0, told.stderr
     assert told.stdout.strip().endswith("answered")
+
+
+def test_ctrl_c_during_imports_is_one_line() -> None:
+    """The job's imports are replaced by a wait, in which the signal comes."""
+    code = (
+        "import sys; sys.path.insert(0, 'jobs'); import script_path, os, signal, time;"
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert (told.returncode, told.stderr) == (130, "interrupted; nothing was begun\n")

@@ -106,6 +106,8 @@ def test_export_of_the_newest_checkpoint_is_the_bundle(
             output / "bundle" / name
         ).read_bytes(), name
     assert "[20, 40]" in fails(monkeypatch, capsys, export.job, *flags, "--samples=7")
+    over = [f"--run={output}", f"--output={output}"]
+    assert "no bundle, a run perhaps" in fails(monkeypatch, capsys, export.job, *over)
 
 
 @pytest.mark.slow

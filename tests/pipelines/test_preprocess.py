@@ -309,3 +309,24 @@ def test_pools_on_gpus_are_not_sized_by_cpus() -> None:
     pool = StageResources(num_gpus=0.5, num_cpus=0.5)
     config = config_of("out", annotate=AnnotateConfig(resources=pool))
     assert preprocess.on_fixed_cluster(config, [64, 64]).annotate.resources.first_actors == 1
+
+
+def test_more_gpus_than_will_ever_be_there_are_refused() -> None:
+    pool = StageResources(num_gpus=0.5)
+    config = config_of("out", annotate=AnnotateConfig(resources=pool))
+    preprocess.require_gpus(config, 0.5)
+    preprocess.require_gpus(config_of("out"), 0)
+    with pytest.raises(ConfigError, match=r"--annotate.resources.num-gpus 0.5: needs 0.5 GPUs"):
+        preprocess.require_gpus(config, 0)
+
+
+def test_nothing_usable_names_an_example_of_each_cause() -> None:
+    tally = preprocess.Tally()
+    row = {
+        "kind": "video", "identity": "anna", "split": "", "frames": 0, "dropped": [],
+        "state": "rejected", "stage": "list", "cause": "unsafe",
+    }  # fmt: skip
+    tally.see(row | {"key": "anna-one", "detail": "'/x.mp4' is a path: --download.allow-local"})
+    tally.see(row | {"key": "anna-two", "detail": "another"})
+    told = tally.example("list: unsafe")
+    assert told == ", as anna-one: '/x.mp4' is a path: --download.allow-local"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models import bundle
-from pipelines import checkpoints, journal, storage, training
+from pipelines import checkpoints, journal, nodes, storage, training
 from pipelines.output import CONFIG, ConfigError, NothingUsableError
 from pipelines.training import ClusterConfig, Due, Meter, Outcome, Training, TrainingConfig
 from tests.toy_learner import (
@@ -304,3 +304,28 @@ def test_a_changing_number_of_workers_must_divide_the_batch() -> None:
     with pytest.raises(ValueError, match="accumulate 4 must divide a worker's 6 samples"):
         ClusterConfig(num_workers=2).require_divides(12, 4)
     ClusterConfig(num_workers=2).require_divides(12, 3)
+
+
+def test_workers_that_will_never_find_room_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray waits without end for what no node has and nobody starts."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    here = [{"Resources": {"CPU": 4.0, "GPU": 1.0}, "Labels": {}}, {"Resources": {"CPU": 2.0}, "Labels": {}}]  # fmt: skip
+    monkeypatch.setattr(nodes, "alive", lambda: here)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for fits in (
+        ClusterConfig(),
+        ClusterConfig(num_workers=6),
+        ClusterConfig(num_workers=3, cpus_per_worker=2),
+        ClusterConfig(num_workers=9, min_workers=1, gpu="yes"),
+    ):
+        training.require_room(fits)
+    for does_not, words in (
+        (ClusterConfig(gpu="yes"), "torch finds no GPU"),
+        (ClusterConfig(num_workers=7), "room for 6"),
+        (ClusterConfig(num_workers=2, cpus_per_worker=3), "room for 1 .*4 CPUs and 1 GPUs"),
+        (ClusterConfig(num_workers=2, gpu="yes"), "a GPU .*room for 1"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            training.require_room(does_not)
+    here.append({"Resources": {}, "Labels": {nodes.GROUP: "gpu"}})  # may grow
+    training.require_room(ClusterConfig(num_workers=7, gpu="yes"))
