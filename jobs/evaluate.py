@@ -59,7 +59,8 @@ def job() -> None:
         motion=place_of("motion", config.motion),
     )
     recipe = {name: value for name, value in asdict(config).items() if name != "output"}
-    require_same_recipe(config.output, flatten(recipe))
+    known = flatten(asdict(config))
+    require_same_recipe(config.output, flatten(recipe), job="evaluate", known=known)
     ready = prepare(config)
     with OutputLock(config.output):
         flat = runtime.record(config, config.output, "evaluate")

@@ -86,9 +86,13 @@ def job() -> None:
         )
     try:
         told = json.loads(storage.read_bytes(storage.join(run, CONFIG)))
-        learner = LEARNERS[told["job"]](told["config"])
+        build, written = LEARNERS[told["job"]], told["config"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         runtime.usage(f"--run {run}: not the output of a training ({', '.join(LEARNERS)})")
+    try:
+        learner = build(written)
+    except (ValueError, KeyError, TypeError) as error:
+        runtime.usage(f"{storage.join(run, CONFIG)}: of a training of another version ({error})")
     left = [checkpoints.samples_of(name) for name in checkpoints.listed(run)]
     samples = config.samples or max(left, default=0)
     if samples not in left:

@@ -98,6 +98,8 @@ def connect(config: PreprocessConfig) -> PreprocessConfig:
         config = preprocess.on_one_machine(config, cores)
     runtime.connect(config.minimum_cpus)
     if not nodes.may_grow():
+        wanted = sum(preprocess.gpus_needed(config).values())
+        nodes.become(lambda: nodes.gpus() >= wanted, runtime.patience())
         preprocess.require_gpus(config, nodes.gpus())
         if not cores:
             config = preprocess.on_fixed_cluster(config, nodes.rooms())

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DONE, FAULT, USAGE, NOTHING = 0, 1, 2, 3
+JOINING_SECONDS = 60.0
+"""For nodes of a cluster that was started by hand: one after another."""
 USER_ERRORS = (
     ConfigError,
     DatasetError,
@@ -114,8 +116,16 @@ def again(flag: str, value: object, without: str = "") -> str:
         elif is_value:
             is_value = False
         else:
-            kept.append(public_url(word) if "://" in word else word)
+            kept.append(_shown(word))
     return f"python {shlex.join([*kept, f'--{flag}', str(value)])}"
+
+
+def _shown(word: str) -> str:
+    """A word of the command line as it may be printed: ``...`` for a URL with what nobody else may see."""
+    if "://" not in word:
+        return word
+    flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    return word if public_url(value) == value else f"{flag}{equals}..."
 
 
 def location(flag: str, uri: str) -> str:
@@ -230,6 +240,11 @@ def own_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def patience() -> float:
+    """Seconds to wait for nodes that may be joining: none on a private cluster."""
+    return 0.0 if own_cores() else JOINING_SECONDS
+
+
 def connect(minimum_cpus: float) -> None:
     """Join the cluster that ``RAY_ADDRESS`` names, else start a private one on this machine.
 
@@ -308,6 +323,11 @@ def train(
     }
     require_same_recipe(config.output, recipe, job=f"train_{name}", known=flat)
     with OutputLock(config.output):
+        seen = checkpoints.samples_of(checkpoints.newest(config.output))
+        bundle = storage.join(config.output, journal.BUNDLE)
+        is_done = seen >= config.training.samples and storage.exists(storage.join(bundle, CONFIG))
+        if not is_done:  # what cannot run leaves nothing behind
+            find_room(config.cluster)
         told = prepare_training(name, config)
         work = training.Training(
             output=config.output,
@@ -320,19 +340,14 @@ def train(
             health=config.health,
             **told,
         )
-        seen = checkpoints.samples_of(checkpoints.newest(config.output))
-        bundle = storage.join(config.output, journal.BUNDLE)
         started = time.perf_counter()
-        if seen >= config.training.samples and storage.exists(storage.join(bundle, CONFIG)):
+        if is_done:
             console.print(
                 f"nothing to do: {seen:,} samples were seen; --training.samples takes more"
             )
         else:
             if seen:
                 console.print(f"going on from {seen:,} samples")
-            if not training.is_local(config.cluster):
-                connect(max(config.cluster.num_workers, 1))
-                require_reach(config.cluster)
             priced = config.cluster.price_per_worker_hour > 0
             try:
                 with (
@@ -346,6 +361,17 @@ def train(
                 raise
         waiting = close_run(work)
     summarise_training(work, time.perf_counter() - started, waiting, remarks)
+
+
+def find_room(cluster: ClusterConfig) -> None:
+    """Join or start Ray if the training wants it; raises :class:`ConfigError`, or ends with 2, where its workers cannot run."""
+    from pipelines import training
+
+    if not training.is_local(cluster):
+        connect(max(cluster.num_workers, 1))
+    training.require_room(cluster, patience())
+    if not training.is_local(cluster):
+        require_reach(cluster)
 
 
 def cluster_told(cluster: ClusterConfig) -> AbstractContextManager[object]:
@@ -449,6 +475,7 @@ def summarise_training(
     say(f"preview  {storage.join(bundle, 'preview.png')}")
     if work.store:
         say(f"mlflow   {work.store.show}")
+    if work.store and not waiting:
         say(f"registry models:/{work.model_name}@{tracking.CANDIDATE}")
     if waiting:
         say(f"{waiting} records wait for MLflow; the same command sends them when it is back")
@@ -475,11 +502,11 @@ def log_made(
     Returns:
         what to say after ``mlflow``.
     """
-    told = dataclasses.asdict(config)
+    told = public(dataclasses.asdict(config))
     name, commit = run_name(public_url(config.output)), code["commit"]
     tags = tracking.run_tags(name, f"jobs/{job}.py", commit, git_commit=commit) | {"job": job}
     try:
-        with tracking.open_run(store, f"headray-{job}", flatten(public(told)), tags) as run:
+        with tracking.open_run(store, f"headray-{job}", flatten(told), tags) as run:
             run.metrics(numbers)
             run.record({"config": told, "code": code}, "config.json")
     except TrackingError as error:

@@ -231,19 +231,23 @@ def public_url(url: str) -> str:
     named = parse_qsl(query, keep_blank_values=True)
     if any(SECRET_PARAMETER.match(name) for name, _ in named):
         query = urlencode([pair for pair in named if not SECRET_PARAMETER.match(pair[0])])
+    elif "@" not in parts.netloc and not parts.fragment:
+        return url  # put together again, sqlite:////file would lose two of its slashes
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
 
 
 def public(nested: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as it may be recorded: every URL in it is :func:`public_url` of what it was."""
-    shown: dict[str, Any] = {}
-    for name, value in nested.items():
+
+    def show(value: Any) -> Any:
         if isinstance(value, Mapping):
-            shown[name] = public(value)
-        else:
-            is_url = isinstance(value, str) and "://" in value
-            shown[name] = public_url(value) if is_url else value
-    return shown
+            return public(value)
+        if isinstance(value, list | tuple):
+            return type(value)(show(each) for each in value)
+        is_url = isinstance(value, str) and "://" in value
+        return public_url(value) if is_url else value
+
+    return {name: show(value) for name, value in nested.items()}
 
 
 def scrub(text: str, *hidden: str) -> str:

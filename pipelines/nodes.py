@@ -42,6 +42,16 @@ def may_grow() -> bool:
     return any(node["Labels"].get(GROUP) for node in alive())
 
 
+def become(enough: Callable[[], bool], patience: float) -> bool:
+    """Whether the nodes are enough, or become so within ``patience`` seconds: who starts nodes by hand starts one after another."""
+    deadline = time.monotonic() + patience
+    while not enough():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(min(2.0, patience))
+    return True
+
+
 def rooms() -> list[float]:
     """Logical CPUs of each node that has some and is no GPU node."""
     cpus = [node["Resources"].get("CPU", 0.0) for node in alive() if pool_of(node) != "gpu"]

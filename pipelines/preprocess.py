@@ -215,12 +215,14 @@ def on_one_machine(config: PreprocessConfig, cores: int) -> PreprocessConfig:
     """Pools for a machine that works for this job alone: each stage has its share of the cores from the beginning.
 
     Left to grow, the pools of a small machine never came to rest: each new actor costs seconds for its networks, and was
-    ended when the next stage wanted its place. Stages that cost next to nothing keep their one actor.
+    ended when the next stage wanted its place. Stages that cost next to nothing keep their one actor; those on a GPU are not
+    sized by cores.
     """
     sized = {}
     for name, share in SHARES.items():
         stage = getattr(config, name)
-        if not (stage.resources.min_actors or stage.resources.first_actors):
+        pool = stage.resources
+        if not (pool.min_actors or pool.first_actors or pool.num_gpus):
             actors = math.ceil(PROCESSES_A_CORE * share * cores) or 1
             most = stage.resources.max_actors if share else 1
             resources = replace(stage.resources, min_actors=min(actors, most), max_actors=most)
@@ -309,21 +311,25 @@ def check_weights(config: PreprocessConfig) -> None:
         weights.find(name)
 
 
+def gpus_needed(config: PreprocessConfig) -> dict[str, float]:
+    """Of each stage that will run and wants some: one actor's share, without which Ray would wait without end. More actors may wait."""
+    names = list(SHARES)
+    if config.replay:
+        names = [config.replay]
+    elif config.stop_after:
+        names = names[: names.index(config.stop_after) + 1]
+    shares = {name: getattr(config, name).resources.num_gpus for name in names}
+    return {name: share for name, share in shares.items() if share}
+
+
 def require_gpus(config: PreprocessConfig, there: float) -> None:
-    """Raises :class:`ConfigError` when stages ask for more GPUs than will ever be there: Ray would wait for them without end."""
-    wanted = {
-        name: max(pool.min_actors, pool.first_actors, 1) * pool.num_gpus
-        for name in SHARES
-        if (pool := getattr(config, name).resources).num_gpus
-    }
+    """Raises :class:`ConfigError` when stages ask for more GPUs than the ``there`` that will ever be there."""
+    wanted = gpus_needed(config)
     if sum(wanted.values()) > there:
-        flags = ", ".join(
-            f"--{name}.resources.num-gpus {getattr(config, name).resources.num_gpus:g}"
-            for name in wanted
-        )
+        flags = ", ".join(f"--{name}.resources.num-gpus {share:g}" for name, share in wanted.items())  # fmt: skip
         raise ConfigError(
-            f"{flags}: needs {sum(wanted.values()):g} GPUs, and Ray finds {there:g} here and no way to more; give 0 to run on "
-            "CPUs, or a smaller share"
+            f"{flags}: an actor of each needs {sum(wanted.values()):g} GPUs together, and Ray finds {there:g} here and no way to "
+            "more; give 0 to run on CPUs, or smaller shares"
         )
 
 

@@ -319,12 +319,20 @@ def run_tags(name: str, job: str, commit: str, **further: str) -> dict[str, str]
     """
     return {
         "mlflow.runName": name,
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": _user(),
         "mlflow.source.name": job,
         "mlflow.source.type": "JOB",
         "mlflow.source.git.commit": commit,
         **further,
     }
+
+
+def _user() -> str:
+    """Who runs this; the number where it has no name, as in a container with a user of its own."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def find_experiment(client: Any, store: Store, name: str) -> str:
@@ -358,9 +366,14 @@ def _told(store: Store) -> Iterator[None]:
     except (
         Exception
     ) as error:  # every kind of store has its own kinds; to the user they all say this
+        where, cure = (
+            f"MLFLOW_TRACKING_URI={public_url(store.uri)}",
+            "unset it to record in mlflow.db of this folder",
+        )
+        if store.uri.startswith("sqlite:") and not os.environ.get("MLFLOW_TRACKING_URI"):
+            where, cure = store.uri, "set MLFLOW_TRACKING_URI to record elsewhere"
         raise TrackingError(
-            f"MLFLOW_TRACKING_URI={public_url(store.uri)}: cannot be used: {describe_trouble(error)}; mend it, or unset it to "
-            "record in mlflow.db of this folder"
+            f"{where}: cannot be used: {describe_trouble(error)}; mend it, or {cure}"
         ) from error
 
 
@@ -373,7 +386,12 @@ def _require_listener(uri: str) -> None:
 
 
 def require(store: Store) -> None:
-    """For jobs that record when they are done: raises :class:`TrackingError` now if that is not going to work."""
+    """For jobs that record when they are done: raises :class:`TrackingError` now if a server is not going to take it.
+
+    A file of this machine is not asked: it is made once there is something to record.
+    """
+    if store.uri.startswith("sqlite:"):
+        return
     _be_brief()
     from mlflow import MlflowClient
 

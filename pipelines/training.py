@@ -260,8 +260,7 @@ def run(training: Training) -> Outcome:
     """
     cluster = training.cluster
     local = is_local(cluster)
-    require_room(cluster)
-    use_gpu = cluster.gpu == "yes" or (cluster.gpu == "auto" and _has_gpu(local))
+    use_gpu = uses_gpu(cluster)
     training = Training(**{**vars(training), "use_gpu": use_gpu})
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     trainer = ray.train.torch.TorchTrainer(
@@ -297,8 +296,18 @@ def is_local(cluster: ClusterConfig) -> bool:
     return cluster.num_workers == 0 or (cluster.num_workers == 1 and not has_cluster)
 
 
-def require_room(cluster: ClusterConfig) -> None:
-    """Raises :class:`ConfigError` when workers ask for more than will ever be there: Ray would wait for it without end."""
+def uses_gpu(cluster: ClusterConfig) -> bool:
+    """Whether each worker trains on a GPU of its own. Ray must be connected unless :func:`is_local`."""
+    return cluster.gpu == "yes" or (cluster.gpu == "auto" and _has_gpu(is_local(cluster)))
+
+
+def require_room(cluster: ClusterConfig, patience: float = 0.0) -> None:
+    """Raises :class:`ConfigError` when workers ask for more than will ever be there: Ray would wait for it without end.
+
+    Args:
+        cluster: what is asked for. Ray must be connected unless :func:`is_local`.
+        patience: seconds to wait for nodes that may be joining a cluster which nothing else makes grow.
+    """
     if is_local(cluster):
         if cluster.gpu == "yes" and not torch.cuda.is_available():
             raise ConfigError(
@@ -309,19 +318,25 @@ def require_room(cluster: ClusterConfig) -> None:
     if nodes.may_grow():
         return
     least = cluster.min_workers or cluster.num_workers
-    cpus = cluster.cpus_per_worker or 1
-    machines = _machines()
-    rooms = [
-        min(has_cpus // cpus, has_gpus) if cluster.gpu == "yes" else has_cpus // cpus
-        for has_cpus, has_gpus in machines
-    ]
-    if sum(rooms) < least:
-        wanted = f"{cpus} CPUs and a GPU" if cluster.gpu == "yes" else f"{cpus} CPUs"
+    if not nodes.become(lambda: _room(cluster) >= least, patience):
+        cpus = f"{cluster.cpus_per_worker or 1} CPUs"
+        wanted = f"{cpus} and a GPU" if uses_gpu(cluster) else cpus
+        machines = _machines()
         there = ", ".join(f"{has_cpus} CPUs and {has_gpus} GPUs" for has_cpus, has_gpus in machines)
+        flag = "min" if cluster.min_workers else "num"
         raise ConfigError(
-            f"--cluster.num-workers {least}, each with {wanted} (--cluster.cpus-per-worker, --cluster.gpu): there is room for "
-            f"{sum(rooms)} (nodes: {there})"
+            f"--cluster.{flag}-workers {least}, each with {wanted} (--cluster.cpus-per-worker, --cluster.gpu {cluster.gpu}): there "
+            f"is room for {_room(cluster)} (nodes: {there}); fewer workers, or on CPUs with --cluster.gpu no"
         )
+
+
+def _room(cluster: ClusterConfig) -> int:
+    """Workers that the nodes of now can take."""
+    cpus, use_gpu = cluster.cpus_per_worker or 1, uses_gpu(cluster)
+    return sum(
+        min(has_cpus // cpus, has_gpus) if use_gpu else has_cpus // cpus
+        for has_cpus, has_gpus in _machines()
+    )
 
 
 def _machines() -> list[tuple[int, int]]:
@@ -333,7 +348,7 @@ def _machines() -> list[tuple[int, int]]:
 
 
 def _has_gpu(local: bool) -> bool:
-    return torch.cuda.is_available() if local else ray.cluster_resources().get("GPU", 0) > 0
+    return torch.cuda.is_available() if local else any(gpus for _, gpus in _machines())
 
 
 def _group_size(cluster: ClusterConfig) -> int | tuple[int, int]:

@@ -299,7 +299,7 @@ def _recorded(
     entry = {"reason": reason, "date": datetime.now(UTC).date().isoformat()}
     for kind, names in (("identities", identities), ("videos", videos)):
         strange = sorted(set(names) - known[kind])
-        if strange:
+        if strange and (strange := sorted(set(strange) - _unpublished(output, kind, strange))):
             raise DatasetError(
                 f"{storage.join(output, shards.LEDGER)}: has no {kind} {', '.join(strange)}; "
                 "nothing was taken down"
@@ -307,6 +307,13 @@ def _recorded(
         for name in names:
             takedowns[kind].setdefault(name, entry)
     return takedowns
+
+
+def _unpublished(output: str, kind: str, names: Sequence[str]) -> set[str]:
+    """Those of the names that only a killed run knows, by its commits."""
+    asked: Takedowns = {"identities": {}, "videos": {}, kind: {name: {} for name in names}}
+    rows = (_part_row(output, key) for key in _part_keys(output) if _may_cover(key, asked))
+    return {row["identity"] if kind == "identities" else _key(row) for row in rows if row}
 
 
 def _covered(table: pa.Table, takedowns: Takedowns) -> pa.ChunkedArray:
@@ -363,19 +370,22 @@ def _marked_rows(output: str, takedowns: Takedowns) -> Iterator[dict[str, Any]]:
 def _clean_work(output: str, marked: Sequence[Mapping[str, Any]], takedowns: Takedowns) -> None:
     """Take them out of the work folder, where there is one, and out of reports that were given to MLflow.
 
-    Also what the ledger does not know yet: a run that was killed may have committed or saved videos of a longer list.
+    Also what the ledger does not know yet: a run that was killed may have committed or saved videos of a longer list, or
+    have been killed while it wrote one.
     """
     known = {_key(row): row for row in marked}
-    left = dict(shards.committed(output))
-    named = [key for key in left if _may_cover(key, takedowns)]
-    for commit in shards.load_commits(output, named):
-        row = known.get(commit.video.key) or _row_of(commit.video)
-        if not _covers(row, takedowns):
+    storage.remove_temporary(output)
+    done = {key for key, _ in shards.committed(output)}
+    for key in _part_keys(output):
+        if not _may_cover(key, takedowns):
             continue
-        video = _rejected(row, takedowns)
-        shards.commit(video, [], output, {})
-        for extension in ("tar", "failed.json"):
-            storage.remove(shards.part_uri(output, video.key, extension))
+        row = known.get(key) or _part_row(output, key)
+        if row and not _covers(row, takedowns):
+            continue
+        if row and key in done:
+            shards.commit(_rejected(row, takedowns), [], output, {})
+        for extension in ("tar", "failed.json") if row else ("tar", "failed.json", "json"):
+            storage.remove(shards.part_uri(output, key, extension))
     _clean_rows(storage.join(output, shards.WORK, "rows"), takedowns)
     packed = storage.join(output, shards.WORK, "packed")
     for name in storage.names_below(packed):
@@ -389,13 +399,34 @@ def _clean_work(output: str, marked: Sequence[Mapping[str, Any]], takedowns: Tak
             storage.remove(storage.join(logged, name))
 
 
+def _part_keys(output: str) -> set[str]:
+    """Of all videos with a file in the work folder, with a commit or killed on the way to one."""
+    names = storage.names_by_folder(storage.join(output, shards.WORK, "parts"))
+    return {
+        name.rsplit("/", 1)[-1].removesuffix(".json").removesuffix(".failed").removesuffix(".tar")
+        for name in names
+    }
+
+
+def _part_row(output: str, key: str) -> dict[str, Any] | None:
+    """What a commit says of its video; None: there is none that can be read, and the next run makes it again."""
+    try:
+        (commit,) = shards.load_commits(output, [key])
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return _row_of(commit.video)
+
+
 def _clean_rows(saved: str, takedowns: Takedowns) -> None:
-    """Take them out of the rows that ``--stop-after`` saved."""
+    """Take them out of the rows that ``--stop-after`` saved, and what nobody can read and may be theirs."""
     for name in storage.names_below(saved):
         stage, _, key = name.removesuffix(".parquet").rpartition("/")
         if _may_cover(key, takedowns):
-            video, _ = from_row(replay.load_row(storage.join(saved, stage), key))
-            if _covers(_row_of(video), takedowns):
+            try:
+                video, _ = from_row(replay.load_row(storage.join(saved, stage), key))
+            except (ValueError, KeyError, TypeError):
+                video = None
+            if video is None or _covers(_row_of(video), takedowns):
                 storage.remove(storage.join(saved, name))
 
 

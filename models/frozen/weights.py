@@ -286,9 +286,8 @@ def _checked(weights: Weights, path: Path) -> Path:
 def _download(weights: Weights) -> Path:
     """Fetch into the cache: written aside, hash checked, renamed. One process of a machine downloads at a time."""
     folder = _cache()
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / weights.file
-    with _alone(folder / ".lock"):
+    with _alone(weights, folder):
         if target.is_file():
             return _checked(weights, target)
         logger.warning(  # jobs show warnings: half a gigabyte takes minutes
@@ -315,8 +314,18 @@ def _download(weights: Weights) -> Path:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    with lock.open("w") as file:
+def _alone(weights: Weights, folder: Path) -> Iterator[None]:
+    """The cache, which may have to be made, is this process's alone."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise MissingWeightsError(
+            f"weights {weights.name}: {weights.file} is in none of {', '.join(map(str, folders()))}, and the last cannot be "
+            f"written to ({error.strerror}): put the file ({weights.size} bytes, sha256 {weights.sha256}), from "
+            f"{weights.url}, into a folder and set {FOLDER_VARIABLE} to it"
+        ) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -53,10 +53,11 @@ def test_cluster_that_does_not_answer_is_usage(capsys: pytest.CaptureFixture[str
 
 def test_command_to_type_again(monkeypatch: pytest.MonkeyPatch) -> None:
     line = ["jobs/x.py", "small", "--output", "my runs", "--stop_after=crops", "--training.samples", "8"]  # fmt: skip
-    monkeypatch.setattr("sys.argv", [*line, "--dataset", "s3://me:hush7@bucket/x"])
+    secret = "s3://me:hush7@bucket/x"
+    monkeypatch.setattr("sys.argv", [*line, "--dataset", secret, f"--input={secret}", "--url=s3://b/x=1"])  # fmt: skip
     told = runtime.again("training.samples", 16, without="stop-after")
     assert told == (
-        "python jobs/x.py small --output 'my runs' --dataset s3://bucket/x --training.samples 16"
+        "python jobs/x.py small --output 'my runs' --dataset ... --input=... --url=s3://b/x=1 --training.samples 16"
     )
 
 

@@ -113,6 +113,13 @@ def test_a_file_nobody_has_says_what_to_put_where(home, site):
         assert part in text
 
 
+def test_a_cache_that_cannot_be_made_is_a_file_nobody_has(home):
+    home.parents[1].write_text("a file where the home should be")
+    text = message(entry(), missing=True)
+    for part in (str(home), "cannot be written to (Not a directory)", weights.FOLDER_VARIABLE):
+        assert part in text
+
+
 def test_a_wrong_local_file_is_never_used_and_never_skipped(home, tmp_path, monkeypatch):
     home.mkdir(parents=True)
     (home / "net.pth").write_bytes(CONTENT)

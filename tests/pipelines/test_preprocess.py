@@ -316,8 +316,17 @@ def test_more_gpus_than_will_ever_be_there_are_refused() -> None:
     config = config_of("out", annotate=AnnotateConfig(resources=pool))
     preprocess.require_gpus(config, 0.5)
     preprocess.require_gpus(config_of("out"), 0)
-    with pytest.raises(ConfigError, match=r"--annotate.resources.num-gpus 0.5: needs 0.5 GPUs"):
+    with pytest.raises(
+        ConfigError, match=r"--annotate.resources.num-gpus 0.5: an actor .* 0.5 GPUs"
+    ):
         preprocess.require_gpus(config, 0)
+    preprocess.require_gpus(replace(config, stop_after="crops"), 0)
+    preprocess.require_gpus(replace(config, replay="tracks"), 0)
+    with pytest.raises(ConfigError, match="annotate"):
+        preprocess.require_gpus(replace(config, replay="annotate"), 0)
+    # as many actors as its cores would have are wanted, but one is enough
+    preprocess.require_gpus(preprocess.on_one_machine(config, 64), 0.5)
+    assert preprocess.on_one_machine(config, 64).annotate.resources == pool
 
 
 def test_nothing_usable_names_an_example_of_each_cause() -> None:

@@ -79,6 +79,14 @@ def test_what_was_made_is_told_though_the_store_went_away(tmp_path: Path) -> Non
     assert (run.info.run_name, run.data.metrics) == ("videos/me.mp4", {"frames": 1.0})
 
 
+def test_a_user_without_a_name_is_told_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user the image does not know."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_000_123)
+    assert tracking.run_tags("run", "jobs/swap.py", "0")["mlflow.user"] == "4000123"
+
+
 def test_a_database_is_whole_or_not_there(tmp_path: Path) -> None:
     """Killed while MLflow makes its tables, the next run starts afresh instead of finding half of them."""
     code = (

@@ -314,18 +314,32 @@ def test_workers_that_will_never_find_room_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for fits in (
         ClusterConfig(),
-        ClusterConfig(num_workers=6),
-        ClusterConfig(num_workers=3, cpus_per_worker=2),
+        ClusterConfig(num_workers=6, gpu="no"),
+        ClusterConfig(num_workers=3, cpus_per_worker=2, gpu="no"),
         ClusterConfig(num_workers=9, min_workers=1, gpu="yes"),
     ):
         training.require_room(fits)
     for does_not, words in (
         (ClusterConfig(gpu="yes"), "torch finds no GPU"),
-        (ClusterConfig(num_workers=7), "room for 6"),
-        (ClusterConfig(num_workers=2, cpus_per_worker=3), "room for 1 .*4 CPUs and 1 GPUs"),
+        (ClusterConfig(num_workers=7, gpu="no"), "room for 6"),
+        (
+            ClusterConfig(num_workers=2, cpus_per_worker=3, gpu="no"),
+            "room for 1 .*4 CPUs and 1 GPUs",
+        ),
         (ClusterConfig(num_workers=2, gpu="yes"), "a GPU .*room for 1"),
+        (ClusterConfig(num_workers=2), "a GPU .*--cluster.gpu auto.*room for 1"),
+        (ClusterConfig(num_workers=9, min_workers=8), "min-workers 8,"),
     ):
         with pytest.raises(ConfigError, match=words):
             training.require_room(does_not)
+    joining = iter(["one", "another"])
+
+    def join(_: float) -> None:
+        next(joining)
+        here.append({"Resources": {"CPU": 1.0}, "Labels": {}})
+
+    monkeypatch.setattr("time.sleep", join)
+    training.require_room(ClusterConfig(num_workers=8, gpu="no"), patience=600)
+    assert not list(joining)
     here.append({"Resources": {}, "Labels": {nodes.GROUP: "gpu"}})  # may grow
     training.require_room(ClusterConfig(num_workers=7, gpu="yes"))

@@ -300,6 +300,34 @@ def test_what_was_never_published_of_them_goes_too(copy: str) -> None:
         assert [path.name for path in folder.iterdir()] == ["id02-x-v0.parquet"]
 
 
+def test_what_a_killed_run_left_half_written_of_them_goes_too(copy: str) -> None:
+    """A part without its commit, a file on its way, records of another version; and a person whom only that run knows."""
+    datasets.commit_all(copy, [made_video("newbie", "v0"), made_video("id02", "unreadable")])
+    half, broken = (
+        Path(shards.part_uri(copy, key, "tar")) for key in ("id02-half", "id02-unreadable")
+    )
+    half.parent.mkdir(parents=True, exist_ok=True)
+    half.write_bytes(b"pictures")
+    on_its_way = half.with_name(f"{storage.TEMPORARY}1")
+    on_its_way.write_bytes(b"pictures")
+    for key in ("id02-unreadable", "id02-v0"):
+        commit = Path(shards.part_uri(copy, key, "json"))
+        commit.write_text(json.dumps(json.loads(commit.read_text()) | {"schema_version": 0}))
+    rows = Path(copy, shards.WORK, "rows", "crops")
+    rows.mkdir(parents=True)
+    (rows / "id02-row.parquet").write_bytes(b"of no reader")
+    upkeep.take_down(copy, ["id02", "newbie"], [], REASON)
+    assert not any(path.exists() for path in (half, broken, on_its_way))
+    assert not list(rows.iterdir())
+    states = dict(shards.committed(copy))
+    assert {"newbie-v0", "id02-v0"} <= states.keys()
+    assert "id02-unreadable" not in states
+    for commit in shards.load_commits(copy, ["newbie-v0", "id02-v0"]):
+        assert (commit.video.cause, commit.slices) == (Cause.TAKEDOWN, {})
+    with pytest.raises(shards.DatasetError, match="has no videos newbie-v9"):
+        upkeep.take_down(copy, [], ["newbie-v9"], REASON)
+
+
 def test_a_later_run_does_not_bring_them_back(copy: str) -> None:
     upkeep.take_down(copy, ["id02"], ["id04-v1"], REASON)
     states = dict(shards.committed(copy))
