@@ -152,6 +152,7 @@ def test_blurs_spread_a_point_little_and_leave_a_step_where_it_is() -> None:
             0.5, abs=1e-4
         )
     assert 0.7 < max(spreads) < 1.01, "variances: at most the square of a σ of 1 px"
+    assert any(0.01 < spread < 0.4 for spread in spreads)
     still = sum(
         torch.equal(augment.blur(point, np.random.default_rng(s)), point) for s in range(60)
     )

@@ -151,6 +151,8 @@ def test_a_step_descends_the_papers_equations():
     sum(weights[name] * term for name, term in terms.items()).backward()
     discriminator.train().zero_grad()
     of_both, _ = discriminator(torch.cat([real, made.detach()]))
+    torch.testing.assert_close(metrics["score/real"], of_both[:2].mean().detach())
+    torch.testing.assert_close(metrics["score/generated"], of_both[2:].mean().detach())
     terms["discriminator"] = (1 - of_both[:2]).relu().mean() + (1 + of_both[2:]).relu().mean()
     terms["discriminator"].backward()
     for name, term in terms.items():

@@ -58,7 +58,8 @@ def test_pictures_are_those_of_the_aligners_own_training(uri: str) -> None:
     learner.ema.network.load_state_dict(aligner.state_dict())
     batch = aligners.drawn_batch(people=2, moves=1, k=1, face_size=(150, 150))
     reference = learner.average(batch, learner.identities(batch.source_faces), shift=0).image
-    reenact = Reenactor(aligner)
+    reenact = Reenactor(aligner.train())
+    assert not any(module.training for module in reenact.modules())
     picture = reenact(batch.sources, batch.source_faces, batch.driving, batch.driving_face)
     assert torch.equal(picture, reference)
 

@@ -112,6 +112,7 @@ def test_held_out_samples_are_always_the_same(dataset: str) -> None:
     ranks = [list(held_out_batches(TINY, held_out, dataset, rank=r, world_size=3)) for r in range(3)]  # fmt: skip
     for step, batch in enumerate(whole):
         assert_same(join([batches[step] for batches in ranks]), batch)
+        assert batch.sources.shape[1] == 2
         driving = torch.nn.functional.avg_pool2d(batch.target, 2)
         assert torch.equal(batch.driving, driving), "held-out samples are not augmented"
 

@@ -189,6 +189,8 @@ def test_the_aligner_is_given_what_it_was_trained_on(dataset: str) -> None:
         assert torch.equal(value, beside.tensors()[name]), name
     theirs = AlignerSamples(aligner_samples(PLAIN, ALIGNER), dataset, "train")
     views = ("sources", "source_faces", "driving", "driving_face")
+    assert beside.sources.shape == (6, 2, 3, 32, 32)
+    assert beside.source_faces.shape == (6, 2, 3, 112, 96), "as its identity network wants them"
     assert 0 < beside.wants_aligner.sum() < 6
     for number, wanted in enumerate(beside.wants_aligner.tolist()):
         found = {name: beside.tensors()[name][number] for name in views}

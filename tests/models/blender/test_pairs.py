@@ -207,11 +207,11 @@ def test_labels_turn_with_the_picture():
 
 
 def test_draws_fill_their_ranges_on_both_sides():
-    config = PairConfig(p_affine=1)
+    config = PairConfig(p_affine=1, brightness=0.1, contrast=0.2, saturation=0.3, hue=0.05)
     draws = [draw(torch.Generator().manual_seed(seed), config) for seed in range(300)]
     colours = torch.stack([each.colours for each in draws])
     turns = torch.stack([each.turn for each in draws])
-    middle, reach = torch.tensor([1.0, 1, 1, 0]), torch.tensor([0.4, 0.4, 0.4, 0.1])
+    middle, reach = torch.tensor([1.0, 1, 1, 0]), torch.tensor([0.1, 0.2, 0.3, 0.05])
     assert ((colours.amin(dim=0) - (middle - reach)) / reach).abs().max() < 0.05
     assert ((colours.amax(dim=0) - (middle + reach)) / reach).abs().max() < 0.05
     assert -15 <= turns.min() < -14
@@ -256,6 +256,24 @@ def test_noise_touches_either_head():
     sides = torch.stack([one.noise for one in made]).amax(dim=0)
     assert sides[..., :4].any()
     assert sides[..., -4:].any()
+
+
+def test_noise_is_where_the_turned_head_is():
+    """A head at the left, turned by a quarter to the top or the bottom; T has none."""
+    frame = FRAME._replace(labels=torch.zeros_like(FRAME.labels))
+    frame.labels[:, 13:19, 1:7] = ParsingLabel.SKIN
+    nobody = SAME._replace(labels=torch.zeros_like(SAME.labels))
+    touched = []
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        chances = draw(generator, PairConfig(**(NEVER | {"p_noise": 1, "p_other_frame": 1, "p_affine": 1})))  # fmt: skip
+        chances = chances._replace(turn=torch.tensor([90.0, 0]))
+        made = single(make_pair("key", frame, nobody, STRANGER, chances, generator))
+        grown = torch.nn.functional.max_pool2d(head_mask(made.animated_labels), 3, 1, 1)
+        if made.noise.any():
+            touched.append(bool((made.noise * grown).any()))
+    assert len(touched) > 5
+    assert all(touched)
 
 
 def test_noise_enlarges_what_is_painted():

@@ -300,7 +300,7 @@ import torch
 from models.blender.warp import WarpConfig
 from tests.models.blender.test_warp import LABELS, label_pair, outcome, peak_bytes
 for name in LABELS:
-    labels = label_pair(name, copies=11)
+    labels = label_pair(name, copies=50)  # more of a label than a tile has rows, of either side
     dense = outcome(*labels, torch.float32, WarpConfig(backend="dense", tau=0.1))
     found = outcome(*labels, torch.float32, WarpConfig(backend="fused", tau=0.1))
     for one, other in zip(found, dense, strict=True):
