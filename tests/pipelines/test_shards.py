@@ -524,6 +524,15 @@ def test_the_json_of_a_sample_keeps_times_to_a_millionth_and_no_strip() -> None:
     assert record["fps"] == video.probe["fps"]
 
 
+def test_verify_counts_the_samples_of_a_shard(copy: str) -> None:
+    manifest, before = shards.read_manifest(copy), shards.manifest_version(copy)
+    manifest["shards"][0]["samples"] += 1
+    shards.write_manifest(manifest, copy, before)
+    (problem,) = shards.verify(copy)
+    assert manifest["shards"][0]["name"] in problem
+    assert "samples, dataset.json says" in problem
+
+
 # --- names --------------------------------------------------------------------------------------------------------
 
 
@@ -605,6 +614,23 @@ def test_everything_that_went_in_is_in_the_ledger(tmp_path: Path) -> None:
     assert set(shards.read_index(output)["key"].to_pylist()) == {
         key for key in published if by_key[key]["kind"] == "track"
     }
+
+
+def test_tracks_of_a_video_that_ended_end_with_it_and_a_commit_is_small(tmp_path: Path) -> None:
+    """Times, boxes and indices of frames are in the sample's own JSON; of a track the commit keeps its first and last time."""
+    video, members = made_video("id01", "v0", frames=7)
+    ended = reject(replace(video, video="v1"), Cause.VIDEO_UNREADABLE, "half-way")
+    whole, broken = commit_all(str(tmp_path), [(video, members), (ended, [])])
+    for track, slim in zip(video.tracks, whole.video.tracks, strict=True):
+        assert slim.times == (track.times[0], track.times[-1])
+        assert slim.boxes == slim.indices == ()
+    assert whole.frames == {"id01-v0-000": 7, "id01-v0-001": 7}
+    for row in shards.ledger_rows(broken, {}):
+        assert (row["state"], f"{row['stage']}: {row['cause']}") == (
+            "rejected",
+            Cause.VIDEO_UNREADABLE,
+        )
+        assert row["detail"] == "half-way"
 
 
 def test_a_live_video_without_tracks_has_a_cause(tmp_path: Path) -> None:

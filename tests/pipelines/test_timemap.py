@@ -151,6 +151,7 @@ def test_shift_of_a_still_head_is_the_prior() -> None:
 
 def test_shift_needs_frames_and_a_peak() -> None:
     assert estimate_shift(scores_of_head(60, 0.0)[:7], -0.06).seconds == -0.06
+    assert estimate_shift(scores_of_head(60, 0.0)[:8], -0.06).seconds > -0.06
     assert estimate_shift(np.zeros((0, 37)), 0.0).seconds == 0
     slope = np.tile(np.linspace(0.2, 0.8, 37), (40, 1))
     assert estimate_shift(slope, -0.06).confidence == 0
