@@ -101,6 +101,14 @@ def test_a_probe_begins_a_gap_like_any_fetch() -> None:
     assert 9 <= one.ask(62, PACED) <= 19
 
 
+def test_pauses_come_in_the_order_of_names() -> None:
+    limiter = Limiter()
+    for address in ("c", "a", "b"):
+        turn = limiter.ask(address, "site", 0, FAST)
+        limiter.report(address, "site", 1, turn, "blocked", "429", FAST)
+    assert [pause.address for pause in limiter.pauses(2, FAST)] == ["a", "b", "c"]
+
+
 def test_gaps_are_spread_evenly_between_least_and_most() -> None:
     one, now, gaps = gate(), 0.0, []
     for _ in range(300):

@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 
+from pipelines import video
 from pipelines.schema import Cause
 from pipelines.video import (
     Decoder,
@@ -433,6 +434,19 @@ except video._DecordError as error:
     command = [sys.executable, "-c", program, str(clip("25.000.mp4"))]
     told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert "times differ by up to 0.02" in told.stdout, told.stderr
+
+
+def test_a_packet_that_becomes_no_picture_is_not_given_the_next_one(clip: Clip) -> None:
+    path = str(clip("25.000.mp4"))
+    info, packets = probe(path), video._read_packets(path)
+    pts = np.insert(packets.pts, 7, packets.pts[6] + 1)
+    more = replace(packets, pts=pts, times=np.insert(packets.times, 7, packets.times[6] + 0.01))
+    found = video._pyav_pictures(path, info, more, [6, 7])
+    step = next(found)
+    assert step
+    assert (step[0], read_index(step[1])) == (6, 6)
+    with pytest.raises(VideoError, match=r"frame 7 at .* does not decode"):
+        next(found)
 
 
 def test_a_joined_video_shows_its_last_picture_as_long_as_the_one_before(tmp_path: Path) -> None:
