@@ -35,6 +35,7 @@ from pipelines.tracks import (
     judge,
     link,
     make_tracks,
+    over_budget,
     plan_spans,
     plan_utterances,
     search_region,
@@ -236,6 +237,12 @@ def test_finish_names_in_time_order_and_holds_the_budget() -> None:
     assert [len(track.times) for track in video.tracks] == [0, 5, 0, 4]
     assert video.tracks[3].cause == Cause.TRACK_BUDGET.value
     assert video.state == "open"
+
+
+def test_what_was_not_searched_is_counted() -> None:
+    track = over_budget(Span(name="a"), np.arange(50, 53), np.arange(99) / 10, 50)
+    assert track.dropped == {Cause.TRACK_BUDGET.value: 3}
+    assert track.detail == "3 frames from 5.00 s on: the video's 50 are used up"
 
 
 def test_finish_rejects_a_video_without_tracks() -> None:
