@@ -135,7 +135,9 @@ def test_the_parser_is_told_which_part_of_a_window_is_no_picture():
             told.extend(inside)
             return [np.zeros(crop.shape[:2], np.uint8) for crop in crops]
 
-    annotate(video, members, Listening(), CONFIG)
+    named, _ = annotate(video, members, Listening(), AnnotateConfig(parser="unet19"))
+    (network,) = weight_names(AnnotateConfig(parser="unet19"))
+    assert named.versions["parsing"] == f"unet19 {REGISTRY[network].sha256[:12]}"
     assert len(told) == 6
     for (
         mask

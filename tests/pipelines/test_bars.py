@@ -48,5 +48,7 @@ def test_black_video(tmp_path: Path) -> None:
     assert bars.content_area(light).tolist() == [0, 0, 160, 120]
     light[:10, :10] = 255  # half a per cent: a logo
     assert bars.is_black(light)
+    light[:2] = 255  # one and a half
+    assert not bars.is_black(light)
     light[:60] = 255
     assert not bars.is_black(light)

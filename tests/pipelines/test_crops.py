@@ -96,6 +96,11 @@ def test_a_face_is_plausible_at_any_size_and_place():
         assert crops.implausible(points, box_of(points), LandmarkGate()) == ""
 
 
+def test_a_head_that_is_turned_away_is_narrow_and_still_a_face():
+    points = face()
+    assert crops.implausible(points * [0.6, 1], box_of(points), LandmarkGate()) == ""
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -217,6 +222,19 @@ def test_max_bad_is_a_share_of_all_frames():
         for i in range(20):
             sheet.add(i, BLACK, DRAWN)
         assert sheet.close(video)[0].state == state
+
+
+def test_boxes_of_the_second_pass_are_those_of_their_own_frames():
+    """The face moves 10 px a frame, and one frame of the first pass is not believed."""
+    sheet, _ = sheet_of(14, smooth=True)
+    steps = np.arange(14)[:, None] * [10.0, 0, 10, 0]
+    sheet.boxes += steps
+    sheet.searched += steps
+    detected = sheet.boxes.copy()
+    for i in range(14):
+        sheet.look(i, DRAWN * [-1, 1] if i == 4 else DRAWN + np.array([10 * i, 0]))
+    sheet.steady()
+    np.testing.assert_allclose(sheet.searched, detected, atol=2)
 
 
 def test_with_smoothing_windows_follow_the_smoothed_first_pass_and_the_second_pass_decides():

@@ -9,16 +9,20 @@ import itertools
 import json
 import logging
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import types
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import av
 import psutil
 import pytest
 import yt_dlp
@@ -215,12 +219,10 @@ def test_other_ways_to_serve_a_video(
 
 @pytest.mark.slow
 def test_a_stream_without_one_of_its_pieces_is_no_video(site: VideoSite, tmp_path: Path) -> None:
-    """By default yt-dlp leaves out what it cannot get and calls that success."""
-    piece = b"#EXTINF:4.0,\n%b\n"
+    """By default yt-dlp leaves out what it cannot get and calls that success; here as little as sites round their durations by."""
     site.pages["/holed.m3u8"] = Page(
         body=b"#EXTM3U\n#EXT-X-TARGETDURATION:4\n"
-        + piece % b"clip.mp4"
-        + piece % b"gone.mp4"
+        + b"#EXTINF:4.0,\nclip.mp4\n#EXTINF:0.4,\ngone.mp4\n"
         + b"#EXT-X-ENDLIST\n",
         type="application/vnd.apple.mpegurl",
     )
@@ -444,9 +446,13 @@ def test_a_cached_file_of_other_content_is_not_taken(tmp_path: Path) -> None:
     good = tmp_path / "good.mp4"
     good.write_bytes(b"good")
     blob = download.keep_file(good, file_sha256(good), str(tmp_path))
-    record = {"blob": blob, "size": 4, "sha256": file_sha256(good), "source": {}, "probe": {}}
+    record = {"blob": blob, "size": 4, "sha256": file_sha256(good), "source": {}}
+    record |= {"probe": {"height": 720}}
     storage.write_atomic(record_uri(url, CONFIG, str(tmp_path)), json.dumps(record).encode())
     assert find_cached(url, CONFIG, str(tmp_path)) == record
+    tall = replace(CONFIG, min_height=1080)  # a run that wants more looks at the same files
+    low = fetch(video(url), tall, str(tmp_path))
+    assert low.cause == Cause.DOWNLOAD_LOW_RESOLUTION.value
     (tmp_path / blob).write_bytes(b"evil")
     assert find_cached(url, CONFIG, str(tmp_path)) is None
 
@@ -532,6 +538,54 @@ def test_a_last_second_of_zeros_is_not_whole(folder: Path, tmp_path: Path) -> No
     with pytest.raises(RefusedError) as refused:
         require_whole(zeroed)
     assert refused.value.cause is Cause.DOWNLOAD_TRUNCATED
+
+
+@pytest.mark.slow
+def test_a_hole_in_the_last_second_is_found(folder: Path, tmp_path: Path) -> None:
+    """A picture half a second before the end; those after it are there."""
+    content = bytearray((folder / "fast.mp4").read_bytes())
+    with av.open(str(folder / "fast.mp4")) as file:
+        packets = [packet for packet in file.demux(video=0) if packet.size]
+    hole = packets[-12]
+    content[hole.pos : hole.pos + hole.size] = bytes(hole.size)
+    (tmp_path / "holed.mp4").write_bytes(content)
+    require_whole(folder / "fast.mp4")
+    with pytest.raises(RefusedError) as refused:
+        require_whole(tmp_path / "holed.mp4")
+    assert refused.value.cause is Cause.DOWNLOAD_TRUNCATED
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_too_slow_is_what_brings_less_than_the_rate_in_a_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,000 bytes a second over a minute: 60,000 in each, and not on average. Minutes pass when this test says so."""
+    waits: queue.Queue[float] = queue.Queue()
+    minutes: queue.Queue[bool] = queue.Queue()
+    ended: queue.Queue[int] = queue.Queue()
+
+    class Minutes(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.put(timeout or 0.0)
+            return minutes.get()
+
+    def end(code: int) -> None:
+        ended.put(code)
+        raise SystemExit
+
+    stand_in = types.SimpleNamespace(Event=Minutes, Thread=threading.Thread)
+    monkeypatch.setattr(fetch_process, "threading", stand_in)
+    monkeypatch.setattr(fetch_process.os, "_exit", end)
+    request = Request(deadline_seconds=999, min_rate_bytes=1000, rate_window_seconds=60)
+    with fetch_process.watch_rate(request, tmp_path) as received:
+        for total in (60_000, 400_000, 460_000, 490_000):
+            assert waits.get(timeout=60) == 60
+            received({"downloaded_bytes": total})
+            minutes.put(False)
+        assert ended.get(timeout=60) == 0
+    told = json.loads((tmp_path / "result.json").read_text())
+    assert told["cause"] == Cause.DOWNLOAD_SLOW
+    assert told["detail"].startswith("30000 bytes in 60 s")
 
 
 @pytest.mark.slow
@@ -888,6 +942,7 @@ def test_what_the_pace_applies_to() -> None:
     assert manners_towards("mirror.example", auto).gap_seconds == (0.0, 0.0)
     slow = DownloadConfig(pace=(30.0, 30.0))
     assert manners_towards("mirror.example", slow).gap_seconds == (30.0, 30.0)
+    assert manners_towards("youtube", auto).probe_seconds > auto.deadline_seconds
     assert 3600 / (sum(manners_towards("youtube", auto).gap_seconds) / 2) < 300
 
 
@@ -898,6 +953,8 @@ def test_who_shares_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     cookies.touch()
     assert egress_address(DownloadConfig()) == "", "each node is its own"
     assert egress_address(DownloadConfig(cookies=str(cookies))) == "account"
+    monkeypatch.setenv("HEADRAY_COOKIES", str(cookies))
+    assert egress_address(DownloadConfig()) == "account"
     monkeypatch.setenv("HEADRAY_PROXY", "http://proxyuser:proxypass@host:3128")
     assert egress_address(DownloadConfig(cookies=str(cookies))) == "proxy host:3128"
     assert egress_address(DownloadConfig(egress="office")) == "office"

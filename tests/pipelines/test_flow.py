@@ -75,6 +75,13 @@ def test_the_small_picture_is_where_it_says() -> None:
     columns, rows = ((scale * (np.stack([x, y], -1) + 0.5 - corner)).astype(int)).transpose(2, 0, 1)
     errors = [np.abs(grey[y + dy, x] - small[rows, columns]).mean() for dy in (-1, 0, 1)]
     assert errors[1] < min(errors[0], errors[2]) / 2
+    # also where one side of it lies outside the frame
+    small, scale, corner = grey_face(picture, BOX - [170, 0, 170, 0])
+    y, x = np.mgrid[100:160, 20:80]
+    columns, rows = ((scale * (np.stack([x, y], -1) + 0.5 - corner)).astype(int)).transpose(2, 0, 1)
+    assert corner[0] < 0
+    errors = [np.abs(grey[y, x + dx] - small[rows, columns]).mean() for dx in (-2, 0, 2)]
+    assert errors[1] < min(errors[0], errors[2])
     # at the rim the picture goes on as it ends, outside there is nothing
     assert grey_face(picture, np.array([-40.0, -40, 40, 40]))[0].std() > 5
     assert not grey_face(picture, np.array([900.0, 900, 990, 990]))[0].any()

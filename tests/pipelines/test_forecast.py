@@ -87,6 +87,9 @@ def test_prediction_by_hand() -> None:
     assert told.frames.expected == pytest.approx(2000 / 3 * 40)
     per_frame = forecast.COSTS.bytes_per_frame
     assert told.dataset_bytes.expected == pytest.approx(2000 / 3 * 40 * per_frame)
+    for end in ("expected", "low"):
+        parts = (getattr(part, end) for part in (told.download_bytes, told.dataset_bytes))
+        assert getattr(told.work_bytes, end) == pytest.approx(sum(parts))
     assert told.work_bytes.high == pytest.approx(told.download_bytes.high + told.dataset_bytes.high)
     assert told.address_hours == pytest.approx(1000 / 300)
     costs = forecast.COSTS

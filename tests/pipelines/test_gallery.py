@@ -172,6 +172,8 @@ def test_a_time_line_says_what_is_where(tmp_path: Path) -> None:
 
 
 def test_the_worst_mark_of_a_moment_does_not_hide_a_better_one() -> None:
+    order = snapshots.marks([1.0, 1.0, 1.0, 1.0], "-ox-", 0.0, 10.0)
+    assert set(order) == {".", "o"}
     line = snapshots.marks([0.0, 0.0, 5.0, 10.0, 99.0], "-ox-o", 0.0, 10.0)
     assert len(line) == snapshots.BINS
     assert (line[0], line[snapshots.BINS // 2], line[-1]) == ("o", "x", "-")

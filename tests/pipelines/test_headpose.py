@@ -23,7 +23,9 @@ def seen(yaw: float, pitch: float, roll: float) -> np.ndarray:
     return points
 
 
-@pytest.mark.parametrize("turn", [(0, 0, 0), (25, 0, 0), (0, 15, 0), (0, 0, -20), (-30, 10, 8)])
+@pytest.mark.parametrize(
+    "turn", [(0, 0, 0), (25, 0, 0), (0, 15, 0), (0, 0, -20), (-30, 10, 8), (30, 35, 0)]
+)
 def test_known_turns_are_found(turn):
     np.testing.assert_allclose(head_pose(seen(*turn)), turn, atol=2)
 

@@ -16,6 +16,7 @@ from models.frozen.identity import load_embedder
 from models.frozen.landmarks import load_landmarker
 from pipelines.crops import SCORE_COLUMNS
 from pipelines.identities import (
+    SAME_PERSON,
     STRICTNESS,
     Candidate,
     IdentitiesConfig,
@@ -494,6 +495,15 @@ def test_one_person_under_two_names_goes_to_one_side():
     decisions = decide(listed, ARCFACE)
     assert causes(decisions) == {"anna-a-000": Cause.IDENTITY_SPLIT_LEAK}
     assert decisions["anna-a-000"].detail == "looks like anya of test, cosine 0.981"
+
+
+def test_thresholds_are_the_embedders_own_and_twins_are_halfway_to_one():
+    for embedder, same in SAME_PERSON.items():
+        config = IdentitiesConfig(embedder=embedder)
+        assert config.frame_threshold == config.video_threshold == same
+        assert 1 - config.twin_threshold == pytest.approx((1 - same) / 2)
+    given = IdentitiesConfig(min_frame_cosine=0.1, min_video_cosine=0.2, min_twin_cosine=0.3)
+    assert (given.frame_threshold, given.video_threshold, given.twin_threshold) == (0.1, 0.2, 0.3)
 
 
 def test_twins_do_not_depend_on_how_many_are_compared_at_once(monkeypatch):

@@ -101,6 +101,26 @@ def test_a_probe_begins_a_gap_like_any_fetch() -> None:
     assert 9 <= one.ask(62, PACED) <= 19
 
 
+def test_pauses_come_in_the_order_of_names() -> None:
+    limiter = Limiter()
+    for address in ("c", "a", "b"):
+        turn = limiter.ask(address, "site", 0, FAST)
+        limiter.report(address, "site", 1, turn, "blocked", "429", FAST)
+    assert [pause.address for pause in limiter.pauses(2, FAST)] == ["a", "b", "c"]
+
+
+def test_gaps_are_spread_evenly_between_least_and_most() -> None:
+    one, now, gaps = gate(), 0.0, []
+    for _ in range(300):
+        assert one.ask(now, PACED) == 0
+        gaps.append(one.ask(now, PACED))
+        now += gaps[-1]
+        one.report(now, 0, "passed", "", PACED)
+    assert 10 <= min(gaps) < 11
+    assert 19 < max(gaps) <= 20
+    assert 14 < sum(gaps) / 300 < 16
+
+
 def test_given_up_only_when_nobody_gets_through() -> None:
     manners = replace(FAST, max_blocks=2)
     limiter = Limiter()

@@ -171,6 +171,17 @@ def test_no_dataset(tmp_path: Path) -> None:
     fails(str(tmp_path), "dataset.json: not found", "jobs/preprocess.py")
 
 
+def test_labels_of_some_tracks_only_are_no_labels(tmp_path: Path) -> None:
+    bare, members = made_video("id03", "v0")
+    fewer = [member for member in members if not member[0].endswith(".png")]
+    make_dataset(str(tmp_path), [made_video("id02", "v0"), (bare, fewer)])
+    reader = Reader(str(tmp_path), "train")
+    assert not reader.has_labels
+    for track, key in enumerate(reader.keys):
+        (picture,) = reader.read([reader.picture(track, 2)])[0]
+        assert picture == archive(str(tmp_path))[f"{reader.frame_key(track, 2)}.jpg"], key
+
+
 def test_no_such_split(dataset: str) -> None:
     with pytest.raises(DatasetError, match="no split 'dev'; it has test, train, val"):
         Reader(dataset, "dev")

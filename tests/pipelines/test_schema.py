@@ -3,11 +3,27 @@ from __future__ import annotations
 import threading
 
 import cv2
+import numpy as np
 import pytest
 
 from pipelines.crops import Cropper, CropsConfig
 from pipelines.identities import IdentitiesConfig, IdentityEmbedder
-from pipelines.schema import Cause, StageResources, Video, VideoRow, add_actors, reject, to_row
+from pipelines.schema import (
+    Cause,
+    StageResources,
+    Track,
+    Video,
+    VideoRow,
+    add_actors,
+    frame_member,
+    from_row,
+    npy_array,
+    npy_bytes,
+    reject,
+    run_stage,
+    select_frames,
+    to_row,
+)
 from pipelines.tracks import Tracker, TracksConfig
 
 
@@ -31,6 +47,43 @@ def test_actors_use_one_thread_so_that_sums_do_not_depend_on_their_cpus(actor, c
     finally:
         torch.set_num_threads(before[0])
         cv2.setNumThreads(before[1])
+
+
+def test_frames_are_dropped_everywhere_at_once_and_every_time_counts():
+    track = Track(
+        name="000",
+        span="a",
+        times=(0.0, 1.0, 2.0, 3.0),
+        indices=(0, 25, 50, 75),
+        boxes=tuple((float(i), 0.0, 9.0, 9.0) for i in range(4)),
+        box_scores=(0.1, 0.2, 0.3, 0.4),
+    )
+    video = Video(identity="anna", video="one", tracks=(track,))
+    members = [("anna-one-000.scores.npy", npy_bytes(np.arange(4)))]
+    members += [(frame_member("anna-one-000", index), b"x") for index in track.indices]
+    other = ("anna-one-001.scores.npy", npy_bytes(np.arange(9)))
+    for keep in ([True, False, True, True], [True, True, False]):
+        track, members = select_frames(
+            video, track, [*members, other], np.array(keep), Cause.CROP_LANDMARKS
+        )
+        assert members.pop() == other
+    assert track.dropped == {Cause.CROP_LANDMARKS.value: 2}
+    assert (track.indices, track.times, track.box_scores) == ((0, 50), (0.0, 2.0), (0.1, 0.3))
+    assert [box[0] for box in track.boxes] == [0.0, 2.0]
+    assert [name for name, _ in members[1:]] == [
+        "anna-one-000.000000.jpg",
+        "anna-one-000.000050.jpg",
+    ]
+    assert npy_array(members[0][1]).tolist() == [0, 2]
+
+
+def test_a_row_remembers_the_time_of_every_stage():
+    row = to_row(Video(identity="anna", video="one", seconds={"download": 1.5}))
+    for name in ("tracks", "crops"):
+        row = run_stage(name, lambda video, members: (video, members), row)
+    seconds = from_row(row)[0].seconds
+    assert list(seconds) == ["download", "tracks", "crops"]
+    assert seconds["download"] == 1.5
 
 
 def test_a_decoder_that_was_too_slow_may_succeed_on_another_day():

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -117,6 +118,21 @@ def test_offsets_of_the_index_lead_to_the_same_bytes(dataset: str) -> None:
                 member = archive.extractfile(f"{row['key']}.{suffix}")
                 assert member is not None
                 assert storage.read_bytes(uri, offset, offset + size) == member.read()
+
+
+def test_the_index_says_when_a_sample_begins_and_ends(dataset: str) -> None:
+    tracks = {
+        video.track_key(track): track
+        for video, _ in datasets.some_videos()
+        for track in video.tracks
+    }
+    rows = shards.read_index(dataset).to_pylist()
+    assert rows
+    for row in rows:
+        track = tracks[row["key"]]
+        assert (row["start"], row["end"]) == (track.times[0], track.times[-1])
+        assert row["frames"] == len(track.times)
+        assert row["scores"] == sorted(track.scores.items())
 
 
 def test_headers_say_nothing_of_when_and_who(dataset: str) -> None:
@@ -524,6 +540,15 @@ def test_the_json_of_a_sample_keeps_times_to_a_millionth_and_no_strip() -> None:
     assert record["fps"] == video.probe["fps"]
 
 
+def test_verify_counts_the_samples_of_a_shard(copy: str) -> None:
+    manifest, before = shards.read_manifest(copy), shards.manifest_version(copy)
+    manifest["shards"][0]["samples"] += 1
+    shards.write_manifest(manifest, copy, before)
+    (problem,) = shards.verify(copy)
+    assert manifest["shards"][0]["name"] in problem
+    assert "samples, dataset.json says" in problem
+
+
 # --- names --------------------------------------------------------------------------------------------------------
 
 
@@ -607,6 +632,26 @@ def test_everything_that_went_in_is_in_the_ledger(tmp_path: Path) -> None:
     }
 
 
+def test_tracks_of_a_video_that_ended_end_with_it_and_a_commit_is_small(tmp_path: Path) -> None:
+    """Times, boxes and indices of frames are in the sample's own JSON; of a track the commit keeps its first and last time."""
+    video, members = made_video("id01", "v0", frames=7)
+    mean = tuple(np.random.default_rng(1).normal(size=8).tolist())
+    video = replace(video, tracks=tuple(replace(track, embedding=mean) for track in video.tracks))
+    ended = reject(replace(video, video="v1"), Cause.VIDEO_UNREADABLE, "half-way")
+    whole, broken = commit_all(str(tmp_path), [(video, members), (ended, [])])
+    for track, slim in zip(video.tracks, whole.video.tracks, strict=True):
+        assert slim.times == (track.times[0], track.times[-1])
+        assert slim.boxes == slim.indices == ()
+        assert slim.embedding == pytest.approx(mean, abs=1e-6)
+    assert whole.frames == {"id01-v0-000": 7, "id01-v0-001": 7}
+    for row in shards.ledger_rows(broken, {}):
+        assert (row["state"], f"{row['stage']}: {row['cause']}") == (
+            "rejected",
+            Cause.VIDEO_UNREADABLE,
+        )
+        assert row["detail"] == "half-way"
+
+
 def test_a_live_video_without_tracks_has_a_cause(tmp_path: Path) -> None:
     (commit,) = commit_all(str(tmp_path), [made_video("id01", "v0", tracks=0)])
     (row,) = shards.ledger_rows(commit, {})
@@ -617,6 +662,8 @@ def test_a_video_without_a_sample_has_the_cause_of_most_of_its_tracks(tmp_path: 
     (commit,) = commit_all(str(tmp_path), [made_video("id01", "v0", tracks=3)])
     told = [Cause.IDENTITY_DISAGREES, Cause.QUALITY_DUPLICATE, Cause.QUALITY_DUPLICATE]
     decisions = {f"id01-v0-00{i}": ("train", cause.value, "why") for i, cause in enumerate(told)}
+    somewhere = decisions | {"id01-v0-001": ("test", "", "")}
+    assert shards.ledger_rows(commit, somewhere)[0]["split"] == "test"
     own, *tracks = shards.ledger_rows(commit, decisions)
     assert f"{own['stage']}: {own['cause']}" == Cause.QUALITY_DUPLICATE
     assert [f"{row['stage']}: {row['cause']}" for row in tracks] == told

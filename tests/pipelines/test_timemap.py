@@ -54,6 +54,8 @@ def test_stretch_of_the_public_row() -> None:
     span = Span(name="a", boxes=boxes)
     assert stretch([span], (0, 0, 1920, 1080)) == pytest.approx(1.0, abs=0.002)
     assert stretch([span], (0, 0, 1440, 1080)) == pytest.approx(0.75, abs=0.002)
+    odd = Span(name="b", boxes=((0.1, 0.1, 0.9, 0.2),))  # one wrong row tells nothing
+    assert stretch([odd, span], (0, 0, 1920, 1080)) == pytest.approx(1.0, abs=0.002)
 
 
 def test_stretch_of_tables() -> None:
@@ -93,7 +95,8 @@ def test_relation_is_found_and_a_neighbour_is_not() -> None:
     shaken = true.expect(annotated) + draw.normal(0, 2, (40, 4))
     neighbour = shaken + np.array([180, 0, 180, 0])
     tiny = np.tile([0.0, 0, 5, 5], (40, 1))
-    faces = [np.stack(three) for three in zip(neighbour, tiny, shaken, strict=True)]
+    cheek = shaken + np.array([55, 0, 55, 0])  # near enough, but not the nearest
+    faces = [np.stack(four) for four in zip(neighbour, tiny, cheek, shaken, strict=True)]
     found = relate(annotated, faces)
     assert [found.right, found.down, found.width, found.height] == pytest.approx(
         [0.02, 0.08, 0.6, 0.65], abs=0.01
@@ -149,8 +152,16 @@ def test_shift_of_a_still_head_is_the_prior() -> None:
     assert estimate_shift(np.full((50, 37), 0.7), -0.06).confidence == 0
 
 
+def test_of_equally_good_shifts_the_one_nearest_to_the_prior_counts() -> None:
+    plateau = np.tile(np.where(np.abs(SHIFTS) < 0.105, 0.8, 0.3), (40, 1))
+    for prior in (-0.06, 0.0):
+        assert estimate_shift(plateau, prior).seconds == pytest.approx(prior, abs=0.005)
+    assert estimate_shift(plateau, -0.2).seconds == pytest.approx(-0.1, abs=0.005)
+
+
 def test_shift_needs_frames_and_a_peak() -> None:
     assert estimate_shift(scores_of_head(60, 0.0)[:7], -0.06).seconds == -0.06
+    assert estimate_shift(scores_of_head(60, 0.0)[:8], -0.06).seconds > -0.06
     assert estimate_shift(np.zeros((0, 37)), 0.0).seconds == 0
     slope = np.tile(np.linspace(0.2, 0.8, 37), (40, 1))
     assert estimate_shift(slope, -0.06).confidence == 0

@@ -35,6 +35,8 @@ from pipelines.tracks import (
     judge,
     link,
     make_tracks,
+    over_budget,
+    plan_spans,
     plan_utterances,
     search_region,
     split_sightings,
@@ -46,6 +48,7 @@ from pipelines.video import Decoder, frame_times, probe
 from pipelines.voxceleb import read_list
 from tests.clips import as_annotators_saw_it, encode, moving
 from tests.material import SHARED, needs_shared
+from tests.pipelines.test_bars import padded
 
 Box = tuple[float, float, float, float]
 
@@ -109,6 +112,20 @@ def test_whatever_the_shift_its_frames_are_searched_where_the_face_then_is() -> 
             region, _ = utterance.region(times[i])
             assert region[0] <= 20 * k - 100
             assert region[2] >= 20 * k + 100
+
+
+def test_free_spans_that_overlap_share_no_frame() -> None:
+    times = np.arange(100) / 10
+    spans = [Span(name="b", start=1.0, end=5.0), Span(name="a", start=0.0, end=3.0)]
+    spans.append(Span(name="c", start=2.0, end=4.0))
+    plans, lost = plan_spans(spans, times, [35, 36], config(frames_per_second=0.0))
+    assert [span.name for span, _ in plans] == ["a", "b", "c"]
+    assert plans[0][1].tolist() == list(range(31))
+    assert plans[1][1].tolist() == [i for i in range(31, 51) if i not in (35, 36)]
+    assert plans[2][1].tolist() == []
+    assert [(each.track.span, each.track.cause) for each in lost] == [
+        ("c", Cause.TRACK_OVERLAP.value)
+    ]
 
 
 def test_budget_goes_first_come_first_served() -> None:
@@ -220,6 +237,12 @@ def test_finish_names_in_time_order_and_holds_the_budget() -> None:
     assert [len(track.times) for track in video.tracks] == [0, 5, 0, 4]
     assert video.tracks[3].cause == Cause.TRACK_BUDGET.value
     assert video.state == "open"
+
+
+def test_what_was_not_searched_is_counted() -> None:
+    track = over_budget(Span(name="a"), np.arange(50, 53), np.arange(99) / 10, 50)
+    assert track.dropped == {Cause.TRACK_BUDGET.value: 3}
+    assert track.detail == "3 frames from 5.00 s on: the video's 50 are used up"
 
 
 def test_finish_rejects_a_video_without_tracks() -> None:
@@ -732,6 +755,23 @@ def test_an_empty_room_is_given_up_before_its_end(tmp_path: Path, decoder: Decod
     video = row(draw(tmp_path / "empty.mp4", [], 90), annotate(walk, 2, 70, 0.0))
     assert follow(video, decoder, detector, config()).cause == Cause.TRACK_NO_FACE.value
     assert 2 <= detector.searched <= 6
+
+
+def test_boxes_that_are_square_inside_black_bars_are_of_what_is_inside(
+    tmp_path: Path, decoder: Decoder
+) -> None:
+    path = encode(tmp_path / "padded.mp4", [padded(20, 0)] * 12)
+    boxes = tuple((0.25 + i / 100, 0.25, 0.75 + i / 100, 0.75) for i in range(5))
+    area, objection = tracks.annotated_area(
+        [Span(name="a", boxes=boxes)], str(path), probe(path), decoder
+    )
+    assert objection == ""
+    assert np.abs(area - [20, 0, 140, 120]).max() <= 2
+    wide = tuple((left, top, right + 0.2, bottom) for left, top, right, bottom in boxes)
+    _, objection = tracks.annotated_area(
+        [Span(name="a", boxes=wide)], str(path), probe(path), decoder
+    )
+    assert "inside its black bars" in objection
 
 
 def test_a_gap_is_not_filled_with_the_neighbours_face(tmp_path: Path, decoder: Decoder) -> None:

@@ -153,6 +153,11 @@ def test_checkpoint_of_another_network_names_the_tensor(tmp_path: Path) -> None:
         )
 
 
+def test_a_checkpoint_that_is_not_there_is_said_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no checkpoint there"):
+        checkpoints.read(checkpoints.uri_of(str(tmp_path), 8))
+
+
 def test_checkpoint_without_a_tensor_names_it(tmp_path: Path) -> None:
     """Or a part of the network would silently start anew."""
     training.run(toy_training(tmp_path))

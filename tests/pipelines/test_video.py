@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 
+from pipelines import video
 from pipelines.schema import Cause
 from pipelines.video import (
     Decoder,
@@ -411,6 +412,41 @@ def test_hdr_is_refused(clip: Clip, name: str, options: dict[str, Any], cause: C
     with pytest.raises(VideoError) as refusal:
         probe(path)
     assert refusal.value.cause == cause
+
+
+@pytest.mark.slow
+def test_decord_is_not_believed_when_its_times_are_not_the_packets(clip: Clip) -> None:
+    """In a process of its own, since decord must not come before PyAV's encoders. One packet is said to be half a frame later."""
+    program = """
+import sys
+from dataclasses import replace
+from pipelines import video
+path = sys.argv[1]
+info, packets = video.probe(path), video._read_packets(path)
+assert next(video._decord_pictures(path, info, packets, [0]))[0] == 0
+times = packets.times.copy()
+times[7] += 0.5 * (times[1] - times[0])
+try:
+    next(video._decord_pictures(path, info, replace(packets, times=times), [0]))
+except video._DecordError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", program, str(clip("25.000.mp4"))]
+    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert "times differ by up to 0.02" in told.stdout, told.stderr
+
+
+def test_a_packet_that_becomes_no_picture_is_not_given_the_next_one(clip: Clip) -> None:
+    path = str(clip("25.000.mp4"))
+    info, packets = probe(path), video._read_packets(path)
+    pts = np.insert(packets.pts, 7, packets.pts[6] + 1)
+    more = replace(packets, pts=pts, times=np.insert(packets.times, 7, packets.times[6] + 0.01))
+    found = video._pyav_pictures(path, info, more, [6, 7])
+    step = next(found)
+    assert step
+    assert (step[0], read_index(step[1])) == (6, 6)
+    with pytest.raises(VideoError, match=r"frame 7 at .* does not decode"):
+        next(found)
 
 
 def test_a_joined_video_shows_its_last_picture_as_long_as_the_one_before(tmp_path: Path) -> None:
