@@ -57,7 +57,8 @@ def job() -> None:
     recorded = runtime.log_made(store, "animate", config, code, numbers)
     rate = made.frames / made.took_seconds
     say(
-        f"{made.frames} frames ({made.seconds:.1f} s) in {made.took_seconds:.1f} s, {rate:.1f} a second"
+        f"{made.frames} frames ({made.seconds:.1f} s) made in {made.took_seconds:.1f} s, {rate:.1f} a second, once the driver's "
+        "face was found"
     )
     for cause, count in made.causes.items():
         say(f"  held: {count} frames, {cause}")
