@@ -738,13 +738,14 @@ def evaluate(
         "blender": lambda network: blending(config, network, judge),
         "motion": lambda network: following(config, network, judge),
     }
+    most = {"aligner": 2 * len(set(config.shots)), "blender": 2, "motion": 1}
     for name, (network, _) in ready.networks.items():
         began = time.perf_counter()
         for count, found in enumerate(studies[name](network.to(judge.device).eval()), 1):
             keep(found)
             if time.perf_counter() - began > SAY_SECONDS:
                 began = time.perf_counter()
-                say(f"{name}: {count} pictures scored")
+                say(f"{name}: {count:,} of at most {most[name] * config.samples:,} pictures scored")
     version = ready.manifest["dataset_version"]
     return {
         "dataset": f"{public_url(config.dataset)}, version {version}, split {config.split}",
