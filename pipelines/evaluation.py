@@ -682,7 +682,7 @@ def prepare(config: EvaluateConfig) -> Ready:
     splits = sorted(manifest["splits"])
     if config.split not in splits:
         raise DatasetError(
-            f"{config.dataset}: no split {config.split!r}; it has {', '.join(splits)}"
+            f"--split {config.split}: {config.dataset} has {', '.join(splits)} only; give one of these"
         )
     networks = load_networks(config, int(manifest["members"]["size"]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

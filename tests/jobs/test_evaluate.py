@@ -66,6 +66,7 @@ def metrics_of(output: Path) -> dict[str, float]:
     client = mlflow.MlflowClient(tracking.find_store(str(output), submitted=False).uri)
     experiment = client.get_experiment_by_name("headray-evaluate")
     (logged,) = client.search_runs([experiment.experiment_id], f"params.output = '{output}'")
+    assert logged.info.run_name == "/".join(output.parts[-2:])
     return dict(logged.data.metrics)
 
 
@@ -177,7 +178,7 @@ def test_what_cannot_be_scored_is_said_in_one_line(run, dataset, bundles, tmp_pa
         ([f"--dataset={dataset}", f"--aligner={blender}"], "of Blender, not of Aligner"),
         ([f"--dataset={dataset}", f"--aligner={personal}"], "fine-tuned to one person"),
         ([f"--dataset={tmp_path}/none", f"--blender={blender}"], "none"),
-        ([f"--dataset={dataset}", f"--blender={blender}", "--split=val"], "val"),
+        ([f"--dataset={dataset}", f"--blender={blender}", "--split=val"], "--split val: "),
         ([f"--dataset={dataset}", f"--blender={blender}", "--samples=0"], "at least 1"),
     ):
         assert run(*flags, output) == 2, flags
