@@ -48,7 +48,7 @@ def enter(lock: OutputLock) -> bool:
 
 
 def test_who_lives_holds_the_lock_and_who_is_dead_does_not(
-    tmp_path: Path, other: psutil.Process
+    tmp_path: Path, other: psutil.Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, begun = socket.gethostname(), other.create_time()
     assert not enter(held_by(tmp_path, here, other.pid, begun + 1))
@@ -57,6 +57,9 @@ def test_who_lives_holds_the_lock_and_who_is_dead_does_not(
     gone.wait()
     assert enter(held_by(tmp_path, here, gone.pid, time.time()))
     assert enter(held_by(tmp_path, here, os.getpid(), time.time())), "this run was here before"
+    monkeypatch.setattr(
+        time, "sleep", lambda _: None
+    )  # it waits for whoever may be writing just now
     (tmp_path / "work" / "lock.json").write_text('{"host": "a')
     assert enter(OutputLock(str(tmp_path))), "killed while it wrote its name"
 

@@ -54,7 +54,9 @@ def test_stretch_of_the_public_row() -> None:
     span = Span(name="a", boxes=boxes)
     assert stretch([span], (0, 0, 1920, 1080)) == pytest.approx(1.0, abs=0.002)
     assert stretch([span], (0, 0, 1440, 1080)) == pytest.approx(0.75, abs=0.002)
-    odd = Span(name="b", boxes=((0.1, 0.1, 0.9, 0.2),))  # one wrong row tells nothing
+    odd = Span(
+        name="b", boxes=((0.1, 0.1, 0.9, 0.2), (0.1, 0.1, 0.9, 0.21))
+    )  # two wrong rows of seven
     assert stretch([odd, span], (0, 0, 1920, 1080)) == pytest.approx(1.0, abs=0.002)
 
 

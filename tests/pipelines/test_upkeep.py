@@ -282,18 +282,10 @@ def test_no_trace_is_left_but_the_names(copy: str) -> None:
 
 def test_nothing_of_them_is_left_in_the_records_of_shards_they_shared(tmp_path: Path) -> None:
     output = str(tmp_path)
-    make_dataset(output, datasets.some_videos())
-    upkeep.take_down(output, ["id02"], [], REASON)
+    make_dataset(output, datasets.some_videos())  # three videos of id01 in one shard
+    upkeep.take_down(output, [], ["id01-v1"], REASON)
     for path in Path(output, shards.WORK).rglob("*"):
-        assert not path.is_file() or b"id02-v0-000" not in path.read_bytes(), path
-
-
-def test_the_index_keeps_the_order_of_the_manifest(copy: str) -> None:
-    for identity in ("id02", "id11", "id14"):
-        upkeep.take_down(copy, [identity], [], REASON)
-        names = [shard["name"] for shard in shards.read_manifest(copy)["shards"]]
-        assert names == sorted(names)
-        assert shards.read_index(copy)["shard"].unique().to_pylist() == names
+        assert not path.is_file() or b"id01-v1-000" not in path.read_bytes(), path
 
 
 def test_what_was_never_published_of_them_goes_too(copy: str) -> None:
