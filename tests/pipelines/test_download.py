@@ -294,13 +294,13 @@ def test_a_silent_server_costs_no_more_than_the_deadline(
     site: VideoSite, folder: Path, tmp_path: Path, scratch: Path
 ) -> None:
     site.pages["/silent.mp4"] = stall((folder / "clip.mp4").read_bytes(), after=20_000)
-    patient = replace(CONFIG, deadline_seconds=4, socket_timeout_seconds=60)
+    patient = replace(CONFIG, deadline_seconds=12, socket_timeout_seconds=200)
     before = set(psutil.Process().children(recursive=True))
     started = time.perf_counter()
     failed = fetch(video(site.url("/silent.mp4")), patient, str(tmp_path / "cache"))
-    assert time.perf_counter() - started < 40, "less than the socket waits"
+    assert time.perf_counter() - started < 190, "less than the socket waits"
     assert (failed.cause, failed.state) == (Cause.DOWNLOAD_DEADLINE.value, "failed")
-    assert failed.detail == "not done after 4 s"
+    assert failed.detail == "not done after 12 s"
     assert site.count("/silent.mp4") > 1, "it was in the middle of the file"
     assert set(psutil.Process().children(recursive=True)) <= before
     assert list(scratch.iterdir()) == []
