@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "dataset.json"
 INDEX = "index.parquet"
+INDEX_BEFORE = "index-before.parquet"
+"""While a dataset is published again: the index that the old ``dataset.json`` names, until the new one is there."""
 LEDGER = "ledger/ledger.parquet"
 TAKEDOWNS = "takedowns.json"
 WORK = "work"
@@ -732,21 +734,40 @@ def write_index_tables(tables: Iterable[pa.Table], output: str) -> dict[str, Any
                 writer.write_table(table)
         with local.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        _keep_index(output, sha256)
         storage.put_file(local, storage.join(output, INDEX))
         return {"file": INDEX, "bytes": local.stat().st_size, "sha256": sha256}
+
+
+def _keep_index(output: str, sha256: str) -> None:
+    """Copy the index of the published dataset aside, if one of another content is about to take its place."""
+    try:
+        wanted = read_manifest(output)["index"]["sha256"]
+        with storage.local_file(storage.join(output, INDEX)) as local:
+            with local.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found == wanted != sha256:
+                storage.put_file(local, storage.join(output, INDEX_BEFORE))
+    except (DatasetError, FileNotFoundError):
+        return  # published for the first time, or there is none to keep
 
 
 def read_index(output: str, columns: list[str] | None = None) -> pa.Table:
     """The index of a published dataset, or some of its columns, checked against the manifest. Raises :class:`DatasetError`."""
     wanted = read_manifest(output)["index"]
     uri = storage.join(output, wanted["file"])
-    try:
-        content = storage.read_bytes(uri)
-    except FileNotFoundError:
-        raise DatasetError(f"{uri}: missing") from None
-    if hashlib.sha256(content).hexdigest() != wanted["sha256"]:
-        raise DatasetError(f"{uri}: sha256 differs from {MANIFEST}")
-    return pq.read_table(io.BytesIO(content), columns=columns)
+    problem = f"{uri}: missing"
+    for place in (uri, storage.join(output, INDEX_BEFORE)):
+        try:
+            content = storage.read_bytes(place)
+        except FileNotFoundError:
+            continue
+        if hashlib.sha256(content).hexdigest() == wanted["sha256"]:
+            return pq.read_table(io.BytesIO(content), columns=columns)
+        problem = f"{uri}: sha256 differs from {MANIFEST}"
+    if read_manifest(output)["index"] != wanted:  # published again between the two reads
+        return read_index(output, columns)
+    raise DatasetError(problem)
 
 
 def index_rows(output: str, keys: Iterable[str]) -> list[dict[str, Any]]:
@@ -931,6 +952,7 @@ def write_manifest(manifest: Mapping[str, Any], output: str, before: str) -> Non
         raise DatasetError(
             f"{uri}: another run has published while this one was working, and that one stays; run the same command again"
         )
+    storage.remove(storage.join(output, INDEX_BEFORE))
 
 
 def read_manifest(output: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -436,6 +437,35 @@ def test_verify_finds_a_damaged_index_and_a_lost_ledger(copy: str) -> None:
     assert "index.parquet: missing" in shards.verify(copy)[0]
     Path(copy, shards.LEDGER).write_bytes(b"PAR1")
     assert "ledger.parquet: damaged" in shards.verify(copy)[1]
+
+
+def test_the_index_that_is_published_can_be_read_until_the_next_is_named(copy: str) -> None:
+    """However often a run that publishes again is killed between the two."""
+    table = shards.read_index(copy)
+    manifest = shards.read_manifest(copy)
+    before = Path(copy, shards.INDEX_BEFORE)
+    names = [shard["name"] for shard in manifest["shards"]]
+    same = [table.filter(pc.equal(table["shard"], name)) for name in sorted(names)]
+    assert shards.write_index_tables(same, copy) == manifest["index"]
+    assert not before.exists(), "the same content"
+    for kept in (2, 1):
+        written = shards.write_index_tables([table.slice(0, kept)], copy)
+        assert shards.read_index(copy).equals(table)
+        assert shards.verify(copy) == []
+    shards.write_manifest(manifest | {"index": written}, copy, shards.manifest_version(copy))
+    assert shards.read_index(copy).equals(table.slice(0, 1))
+    assert not before.exists()
+
+
+def test_an_index_that_changes_while_it_is_read_is_read_again(
+    copy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = shards.read_manifest(copy)
+    new = shards.write_index_tables([shards.read_index(copy).slice(0, 1)], copy)
+    shards.write_manifest(old | {"index": new}, copy, shards.manifest_version(copy))
+    read, told = shards.read_manifest, [old]
+    monkeypatch.setattr(shards, "read_manifest", lambda uri: told.pop() if told else read(uri))
+    assert len(shards.read_index(copy)) == 1
 
 
 def test_verify_compares_index_ledger_and_shards(copy: str) -> None:
