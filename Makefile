@@ -33,7 +33,7 @@ test: lint  ## lint, then every test this machine can run; says how many it cann
 	$(PYTEST) --durations 20 -m 'not gpu and not soak' --no-loadscope-reorder $(LONG) $(SHORT)
 
 fast: $(INSTALLED)  ## the tests that start nothing and need no files from elsewhere
-	$(PYTEST) -m 'not slow and not real and not browser and not postgres and not gpu and not soak'
+	$(PYTEST) --numprocesses auto -m 'not slow and not real and not browser and not postgres and not gpu and not soak'
 
 lint: $(INSTALLED)  ## ruff, mypy, and who may import whom
 	$(BIN)/ruff check

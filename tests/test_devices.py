@@ -186,6 +186,7 @@ def test_a_face_is_animated_there() -> None:
     same_on_both(work)
 
 
+@pytest.mark.slow
 def test_a_head_is_swapped_there(bundles: tuple[str, str]) -> None:
     frame = data.astronaut()
     points = FACE_68 * 70 + (225, 120)

@@ -176,6 +176,7 @@ def test_who_shows_the_driver_scores_as_the_driver(dataset: str, judge: Judge) -
     assert all(np.array_equal(cells[i, j], cells[0, j]) for i in (1, 2, 3) for j in (1, 2, 3))
 
 
+@pytest.mark.slow
 def test_who_never_moves_has_the_person_and_not_the_pose(dataset: str, judge: Judge) -> None:
     network = cast(Any, Copier(shows_driver=False))
     config = settings(dataset, shots=(1,))
@@ -190,6 +191,7 @@ def test_who_never_moves_has_the_person_and_not_the_pose(dataset: str, judge: Ju
     assert all(row.values["leakage"] < 0 for row in rows["cross, K = 1"])
 
 
+@pytest.mark.slow
 def test_shots_that_the_videos_do_not_have_are_left_out_and_said(
     dataset: str, judge: Judge
 ) -> None:
@@ -206,6 +208,7 @@ def test_shots_that_the_videos_do_not_have_are_left_out_and_said(
         list(evaluation.reenactment(settings(dataset, shots=(8,)), network, judge, print))
 
 
+@pytest.mark.slow
 def test_a_person_before_black_needs_labels(
     dataset: str, judge: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +296,7 @@ def test_a_clip_that_stands_still_gets_what_its_source_gets(dataset: str, judge:
     assert sheet.image.shape == (3 * SIZE, 3 * SIZE, 3)
 
 
+@pytest.mark.slow
 def test_a_picture_without_a_face_has_no_pose_and_is_counted(judge: Judge) -> None:
     real = portrait(SIZE, 0.0, 0)
     points = judge.points(real)

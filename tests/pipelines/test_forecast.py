@@ -131,6 +131,7 @@ def test_what_an_offer_means() -> None:
     assert unknown.frames == 50
 
 
+@pytest.mark.slow
 def test_sites_are_asked_and_nothing_is_fetched(tmp_path: Path) -> None:
     (tmp_path / "clip.mp4").write_bytes(b"\0" * 5000)
     listed = [

@@ -85,6 +85,7 @@ class Plan:
         return ({"key": key, "state": "open"} | nothing for key in self.keys)
 
 
+@pytest.mark.slow
 def test_windows_are_full_of_work_and_their_videos_are_not_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

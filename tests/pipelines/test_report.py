@@ -399,6 +399,7 @@ def page_of(output: str, people: int) -> tuple[int, set[str]]:
     return Path(output, report.PAGE).stat().st_size, report.choose(gallery.shelve_ledger(output))
 
 
+@pytest.mark.slow
 def test_the_page_does_not_grow_with_the_list(tmp_path: Path) -> None:
     small, some = page_of(str(tmp_path / "small"), 300)
     large, others = page_of(str(tmp_path / "large"), 6000)

@@ -162,6 +162,7 @@ def test_the_same_input_gives_the_same_bytes(dataset: str, tmp_path: Path) -> No
     assert hashes(again) == hashes(dataset)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(order=st.randoms(use_true_random=False))
 def test_order_of_arrival_does_not_matter(

@@ -64,6 +64,7 @@ def test_store_that_does_not_answer_is_the_users(monkeypatch: pytest.MonkeyPatch
             tracking.require(tracking.Store(uri=uri, artifacts="", show=""))
 
 
+@pytest.mark.slow
 def test_what_was_made_is_told_though_the_store_went_away(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Config:
@@ -87,6 +88,7 @@ def test_a_user_without_a_name_is_told_by_number(monkeypatch: pytest.MonkeyPatch
     assert tracking.run_tags("run", "jobs/swap.py", "0")["mlflow.user"] == "4000123"
 
 
+@pytest.mark.slow
 def test_a_database_is_whole_or_not_there(tmp_path: Path) -> None:
     """Killed while MLflow makes its tables, the next run starts afresh instead of finding half of them."""
     code = (
@@ -107,6 +109,7 @@ def test_a_database_is_whole_or_not_there(tmp_path: Path) -> None:
     assert (tmp_path / "mlflow.db").is_file()
 
 
+@pytest.mark.slow
 def test_lineage_is_read_back(shared_store: tracking.Store, tmp_path: Path) -> None:
     """The list and the published dataset, with digests that the files confirm and without secrets."""
     from mlflow import MlflowClient

@@ -434,6 +434,7 @@ class StopError(BaseException):
     """Ends a process where it stands."""
 
 
+@pytest.mark.slow
 def test_killed_anywhere_the_same_command_completes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -877,6 +877,7 @@ def test_address_of_the_list_is_told_without_its_signature(served):
     assert "hush" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_server_that_knows_no_ranges_is_enough(served):
     """Larger than what fsspec asks for at once."""
     rows = "".join(f"p{i},https://h.example/{'x' * 180}{i}\n" for i in range(30_000))
