@@ -145,6 +145,7 @@ def test_killed_and_rerun_ends_with_the_same_numbers(
         (["--samples.max-sources=30"], "at most"),
         (["--cluster.num-workers=3"], "cannot be divided among 3 workers"),
         (["--learner.accumulate=3"], "--learner.accumulate 3 must divide a worker's 2 samples"),
+        (["--cluster.gpu=yes"], "--cluster.gpu yes: torch finds no GPU"),
         (["--init={tmp}/nothing"], "no bundle there"),
         (["--dataset={tmp}"], "not a (finished) dataset"),
     ],
@@ -157,6 +158,7 @@ def test_wrong_arguments_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     given = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     line = fails(
         monkeypatch,
