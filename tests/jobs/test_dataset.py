@@ -198,6 +198,7 @@ def test_takedown_prints_a_receipt(copy: str, job: Job) -> None:
     assert job("verify", "--dataset", copy) == 0
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_script_from_anywhere(copy: str, tmp_path: Path) -> None:
     path = REPOSITORY / "jobs" / "dataset.py"
     assert os.access(path, os.X_OK)

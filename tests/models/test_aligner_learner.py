@@ -277,6 +277,7 @@ def test_the_discriminator_is_not_trained_to_please():
     assert gaps[-1] > gaps[0]
 
 
+@pytest.mark.slow
 def test_the_last_block_fades_in_with_the_samples():
     config = replace(LEARNER, fade_samples=100)
     batch = drawn_batch()

@@ -427,6 +427,7 @@ def test_frames_without_believable_landmarks_are_dropped_and_counted(astronaut, 
     assert "eileen-portrait-000.000003.jpg" not in dict(members)
 
 
+@pytest.mark.slow
 def test_smoothing_takes_the_tremble_out_of_landmarks_and_windows(astronaut, cut):
     """Boxes that step about shake a landmarker's points; the same frames come out, calmer."""
     video, _ = astronaut
@@ -551,6 +552,7 @@ def test_a_file_that_is_gone_or_broken_ends_the_video(astronaut, cut, tmp_path):
     assert members == []
 
 
+@pytest.mark.slow
 def test_the_actor_does_what_cut_does(astronaut, cut):
     video, _ = astronaut
     config = CropsConfig(min_inside=0.2)

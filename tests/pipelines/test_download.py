@@ -121,6 +121,7 @@ def video(url: str = "", path: str = "") -> Video:
 # ---------------------------------------------------------------------------------------------- fetching
 
 
+@pytest.mark.slow
 def test_a_fetched_file_is_the_site_s_bytes_and_a_rerun_downloads_nothing(
     site: VideoSite, folder: Path, tmp_path: Path, scratch: Path
 ) -> None:

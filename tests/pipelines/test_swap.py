@@ -473,6 +473,7 @@ def test_a_plan_travels_as_a_file(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------- who is followed
 
 
+@pytest.mark.slow
 def test_another_person_after_a_cut_is_not_taken() -> None:
     """The astronaut, then only somebody else, then both: with an embedder the person stays the person."""
     face = data.astronaut()[:256, 96:352]

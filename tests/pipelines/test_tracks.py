@@ -506,6 +506,7 @@ def test_overlapping_utterances_share_no_frame(walking: Path, decoder: Decoder) 
     assert max(first.indices) < min(second.indices)
 
 
+@pytest.mark.slow
 def test_no_track_crosses_a_cut(tmp_path: Path, decoder: Decoder) -> None:
     """Frame 61 begins the new shot; all of them are kept here, and none is lost."""
     path = draw(tmp_path / "cut.mp4", [walk], 120, cut=61)
@@ -662,6 +663,7 @@ def test_people_are_followed_between_whole_searches(tmp_path: Path, decoder: Dec
     assert sum(few.pixels) < 0.75 * sum(each.pixels)
 
 
+@pytest.mark.slow
 def test_nobody_is_followed_over_a_cut_or_into_an_empty_room(
     tmp_path: Path, decoder: Decoder
 ) -> None:

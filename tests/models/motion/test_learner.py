@@ -262,6 +262,7 @@ def test_stage_two_starts_from_the_weights_of_stage_one() -> None:
     assert not second.optimizers["motion"].state
 
 
+@pytest.mark.slow
 def test_twenty_golden_losses() -> None:
     golden, found = json.loads(GOLDEN.read_text()), losses()
     assert len(golden) == len(found) == 20
