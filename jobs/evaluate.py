@@ -32,7 +32,6 @@ from rich.table import Table
 
 from jobs import runtime
 from pipelines import scores, storage, tracking
-from pipelines.download import public_url
 from pipelines.evaluation import EvaluateConfig, Row, evaluate, prepare
 from pipelines.output import (
     CONFIG,
@@ -67,9 +66,7 @@ def job() -> None:
         flat = runtime.record(config, config.output, "evaluate")
         version = runtime.code_version()
         store = tracking.find_store(config.output, runtime.submitted())
-        name, commit = runtime.run_name(public_url(config.output)), version["commit"]
-        tags = tracking.run_tags(name, "jobs/evaluate.py", commit, git_commit=commit)
-        tags["job"] = "evaluate"
+        tags = runtime.tags_of("evaluate", config.output, version["commit"])
         found = Scores()
         with tracking.open_run(store, "headray-evaluate", flat, tags) as run:
             about = evaluate(config, ready, found.add, runtime.console.print)

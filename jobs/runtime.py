@@ -503,8 +503,7 @@ def log_made(
         what to say after ``mlflow``.
     """
     told = public(dataclasses.asdict(config))
-    name, commit = run_name(public_url(config.output)), code["commit"]
-    tags = tracking.run_tags(name, f"jobs/{job}.py", commit, git_commit=commit) | {"job": job}
+    tags = tags_of(job, config.output, code["commit"])
     try:
         with tracking.open_run(store, f"headray-{job}", flatten(told), tags) as run:
             run.metrics(numbers)
@@ -512,6 +511,12 @@ def log_made(
     except TrackingError as error:
         return f"not recorded: {error}"
     return store.show
+
+
+def tags_of(job: str, output: str, commit: str) -> dict[str, str]:
+    """Of the MLflow run of a job that makes one thing in one go, named after where it is."""
+    name = run_name(public_url(output))
+    return tracking.run_tags(name, f"jobs/{job}.py", commit, git_commit=commit) | {"job": job}
 
 
 def run_name(uri: str) -> str:
